@@ -1,0 +1,567 @@
+"""The icon world: pictures of one to four flat icons, prompts for them, and a checker of pictures against prompts.
+
+It is small enough that a model of a few million parameters learns it on a laptop, and a picture is right or wrong
+without a judge. The six categories are those of GenEval (Ghosh et al., 2023, arXiv 2310.11513), under GenEval's names:
+
+    single_object   a star
+    two_object      a star and a car
+    counting        two | three | four stars
+    colors          a red star
+    position        a star left of | right of | above | below a car
+    color_attr      a red star and a blue car
+
+What a prompt does not name is drawn at random. A fifth of the prompts of every category but the first is held out of
+training (`is_held_out`). `icons_world.json` holds the constants. The artwork is Font Awesome Free Solid 6.6.0 (font:
+SIL OFL 1.1, icons: CC BY 4.0), read from the package `fontawesomefree`.
+
+    python examples/icons.py --output_dir icons --num_pictures 1000
+
+writes a folder of captioned pictures that `train_t2i.py --train_data_dir` and `datasets` read.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+from torch.utils.data import Dataset
+
+
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+# Drawing. The centres of a "position" picture, in pixels along the named axis and across it.
+MIN_CENTER_DISTANCE_ALONG = 16
+MAX_CENTER_DISTANCE_ACROSS = 14  # exclusive
+SUPERSAMPLING = 4
+
+# Checking. RGB distances are Euclidean, on values of 0 to 255.
+MIN_BACKGROUND_DISTANCE = 40  # a pixel nearer to the background than this belongs to it
+MIN_COMPONENT_PIXELS = 6  # a smaller component is a speck, not an icon, and is left out of the count
+MIN_IOU = 0.65
+MAX_COLOR_DISTANCE = 60
+COMMON_BOX_PX = 32  # silhouettes are compared after scaling both to a square of this side
+CENTER_TOLERANCE_PX = 1  # a found box may be half a pixel off on either side of either icon
+
+
+@dataclass(frozen=True)
+class IconPrompt:
+    """A prompt, taken apart: `icons` are (shape, color or None) in the prompt's order."""
+
+    text: str
+    category: str
+    icons: tuple[tuple[str, str | None], ...]
+    relation: str | None = None
+
+
+@dataclass(frozen=True)
+class DrawnIcon:
+    """An icon of a drawn picture. `box` is (left, top, right, bottom) in pixels, right and bottom exclusive."""
+
+    shape: str
+    color: str
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class FoundIcon:
+    """A connected component of what differs from the background.
+
+    `shape` is the best match and `iou` its intersection over union; `color` is the nearest color and `color_distance`
+    its RGB distance. `box` is (left, top, right, bottom) in pixels, right and bottom exclusive.
+    """
+
+    shape: str
+    iou: float
+    color: str
+    color_distance: float
+    box: tuple[int, int, int, int]
+
+    @property
+    def center(self) -> tuple[float, float]:
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the picture shows the prompt, why not (empty if it does), and the icons that were found."""
+
+    right: bool
+    reason: str
+    icons: tuple[FoundIcon, ...]
+
+
+class IconWorld:
+    """Draws, enumerates and checks the pictures of the icon world.
+
+    Raises:
+        ImportError: without the package `fontawesomefree` in the version that `icons_world.json` names.
+    """
+
+    def __init__(self):
+        constants = json.loads((Path(__file__).parent / "icons_world.json").read_text(encoding="utf-8"))
+        self.canvas: int = constants["canvas"]
+        self.background = np.array(constants["background"], dtype=np.uint8)
+        self.shapes: dict[str, str] = {shape: plural for shape, (_, plural) in constants["shapes"].items()}
+        self.colors = {color: np.array(rgb, dtype=np.uint8) for color, rgb in constants["colors"].items()}
+        self.counts: dict[int, str] = {int(number): word for number, word in constants["counts"].items()}
+        self.relations: list[str] = constants["relations"]
+        self.longest_side_px = {int(number): side for number, side in constants["longest_side_px"].items()}
+        self.grid_px: int = constants["position_grid_px"]
+        self.gap_px: int = constants["min_gap_px"]
+
+        font = find_font(constants["font"]["package"], constants["font"]["file"])
+        self._masks = {
+            shape: draw_glyph(font, chr(int(codepoint, 16))) for shape, (codepoint, _) in constants["shapes"].items()
+        }
+
+    # Prompts
+
+    @cached_property
+    def prompts(self) -> dict[str, list[IconPrompt]]:
+        """Every prompt of the world, by category."""
+        by_category = {category: [] for category in CATEGORIES}
+        for prompt in self._enumerate():
+            by_category[prompt.category].append(prompt)
+        return by_category
+
+    @cached_property
+    def held_out_prompts(self) -> dict[str, list[IconPrompt]]:
+        """The prompts that scores are measured on, by category: the held-out ones, and all of `single_object`."""
+        return {
+            category: [p for p in prompts if category == "single_object" or self.is_held_out(p.text)]
+            for category, prompts in self.prompts.items()
+        }
+
+    @cached_property
+    def training_prompts(self) -> dict[str, list[IconPrompt]]:
+        """The prompts that may be trained on, by category."""
+        return {
+            category: [p for p in prompts if not self.is_held_out(p.text)]
+            for category, prompts in self.prompts.items()
+        }
+
+    def parse(self, prompt: str) -> IconPrompt:
+        """Take a prompt apart.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's.
+        """
+        if prompt not in self._prompts_by_text:
+            raise ValueError(
+                f"`prompt` has to be one of the icon world, such as 'a red star and a blue car', but is {prompt!r}."
+            )
+        return self._prompts_by_text[prompt]
+
+    def is_held_out(self, prompt: str) -> bool:
+        """Whether the prompt is never trained on. Prompts with the same words are held out together.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's.
+        """
+        if self.parse(prompt).category == "single_object":
+            return False
+        return zlib.crc32(" ".join(sorted(prompt.split())).encode()) % 5 == 0
+
+    def sample_prompt(
+        self, rng: np.random.Generator, category_weights: Mapping[str, float] | None = None
+    ) -> IconPrompt:
+        """Draw a training prompt: first the category, then one of its prompts that are not held out, evenly.
+
+        Args:
+            rng: the source of randomness.
+            category_weights: how often each category is drawn, relative to the others; 1 for those not named.
+
+        Raises:
+            ValueError: for an unknown category, a negative or infinite weight, or weights that are all 0.
+        """
+        category = CATEGORIES[rng.choice(len(CATEGORIES), p=category_probabilities(category_weights))]
+        prompts = self.training_prompts[category]
+        return prompts[rng.integers(len(prompts))]
+
+    @cached_property
+    def _prompts_by_text(self) -> dict[str, IconPrompt]:
+        return {prompt.text: prompt for prompts in self.prompts.values() for prompt in prompts}
+
+    def _enumerate(self) -> Iterator[IconPrompt]:
+        def phrase(shape: str, color: str | None = None) -> str:
+            if color is None:
+                return f"a {shape}"
+            return f"{'an' if color == 'orange' else 'a'} {color} {shape}"
+
+        for shape, plural in self.shapes.items():
+            yield IconPrompt(phrase(shape), "single_object", ((shape, None),))
+            for number, word in self.counts.items():
+                yield IconPrompt(f"{word} {plural}", "counting", ((shape, None),) * number)
+            for color in self.colors:
+                yield IconPrompt(phrase(shape, color), "colors", ((shape, color),))
+        for first, second in permutations(self.shapes, 2):
+            pair = ((first, None), (second, None))
+            yield IconPrompt(f"{phrase(first)} and {phrase(second)}", "two_object", pair)
+            for relation in self.relations:
+                yield IconPrompt(f"{phrase(first)} {relation} {phrase(second)}", "position", pair, relation)
+            for colors in permutations(self.colors, 2):
+                pair = ((first, colors[0]), (second, colors[1]))
+                yield IconPrompt(" and ".join(phrase(*icon) for icon in pair), "color_attr", pair)
+
+    # Drawing
+
+    def draw(self, prompt: str, rng: np.random.Generator) -> Image.Image:
+        """Draw a picture of the prompt: RGB, 64x64.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's.
+        """
+        return self.draw_scene(prompt, rng)[0]
+
+    def draw_scene(self, prompt: str, rng: np.random.Generator) -> tuple[Image.Image, tuple[DrawnIcon, ...]]:
+        """Draw a picture of the prompt, and say what was drawn where.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's.
+        """
+        parsed = self.parse(prompt)
+        names = list(self.colors)
+        if parsed.category == "counting":
+            colors = [names[rng.integers(len(names))]] * len(parsed.icons)
+        else:
+            colors = [color or names[rng.integers(len(names))] for _, color in parsed.icons]
+
+        patches = [
+            self._patches[shape, len(colors), color] for (shape, _), color in zip(parsed.icons, colors, strict=True)
+        ]
+        corners = self._place([patch.shape[:2] for patch in patches], parsed.relation, rng)
+
+        pixels = np.empty((self.canvas, self.canvas, 3), dtype=np.uint8)
+        pixels[:] = self.background
+        icons = []
+        for (shape, _), color, patch, (left, top) in zip(parsed.icons, colors, patches, corners, strict=True):
+            bottom, right = top + patch.shape[0], left + patch.shape[1]
+            pixels[top:bottom, left:right] = patch
+            icons.append(DrawnIcon(shape, color, (left, top, right, bottom)))
+        return Image.fromarray(pixels), tuple(icons)
+
+    @cached_property
+    def _patches(self) -> dict[tuple[str, int, str], np.ndarray]:
+        """Every icon on background, uint8 (height, width, 3), by shape, number of icons in the picture, and color."""
+        patches = {}
+        for shape, mask in self._masks.items():
+            for number, side in self.longest_side_px.items():
+                alpha = scale_mask(mask, side)[..., None]
+                for color, rgb in self.colors.items():
+                    patches[shape, number, color] = np.rint(alpha * rgb + (1 - alpha) * self.background).astype(
+                        np.uint8
+                    )
+        return patches
+
+    def _place(
+        self, sizes: list[tuple[int, int]], relation: str | None, rng: np.random.Generator
+    ) -> list[tuple[int, int]]:
+        """Put boxes of (height, width) on the grid, one after the other, each evenly among the places left for it."""
+        while True:
+            boxes = []
+            for height, width in sizes:
+                places = [
+                    box
+                    for top in range(0, self.canvas - height + 1, self.grid_px)
+                    for left in range(0, self.canvas - width + 1, self.grid_px)
+                    if self._fits(box := (left, top, left + width, top + height), boxes, relation)
+                ]
+                if not places:
+                    break
+                boxes.append(places[rng.integers(len(places))])
+            else:
+                return [(left, top) for left, top, _, _ in boxes]
+
+    def _fits(
+        self, box: tuple[int, int, int, int], others: list[tuple[int, int, int, int]], relation: str | None
+    ) -> bool:
+        left, top, right, bottom = box
+        gap = self.gap_px
+        for other_left, other_top, other_right, other_bottom in others:
+            if (
+                left < other_right + gap
+                and other_left < right + gap
+                and top < other_bottom + gap
+                and other_top < bottom + gap
+            ):
+                return False
+            if relation is not None:
+                offset_x = (left + right - other_left - other_right) / 2
+                offset_y = (top + bottom - other_top - other_bottom) / 2
+                if not relation_holds(relation, offset_x, offset_y):
+                    return False
+        return True
+
+    # Checking
+
+    def check(self, image: Image.Image, prompt: str) -> bool:
+        """Whether the picture shows exactly what the prompt asks for; see `judge`."""
+        return self.judge(image, prompt).right
+
+    def judge(self, image: Image.Image, prompt: str) -> Verdict:
+        """Compare what is in the picture with what the prompt asks for.
+
+        A picture is right when its icons (`find_icons`) are as many as asked for, each is recognised (intersection
+        over union of at least 0.65) as a shape asked for, its color is within 60 in RGB of one of the world's and is
+        the one asked for (for a number of icons: the same for all), and they stand as asked for: the centres at least
+        16 px apart along the named axis and less than 14 px across it, give or take 1 px.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's, or the picture is not 64x64.
+        """
+        parsed = self.parse(prompt)
+        icons = self.find_icons(image)
+        reason = find_difference(parsed, icons)
+        return Verdict(not reason, reason, icons)
+
+    def find_icons(self, image: Image.Image) -> tuple[FoundIcon, ...]:
+        """The icons in a picture, from left to right.
+
+        They are the 8-connected components of the pixels that are at least 40 away from the background in RGB; a
+        component of fewer than 6 pixels is a speck and left out. A component's color is the median of its half that is
+        farthest from the background, so that antialiased edges have no say in it; its silhouette is where it covers
+        at least half of the way from the background to that color.
+
+        Raises:
+            ValueError: if the picture is not 64x64.
+        """
+        if image.size != (self.canvas, self.canvas):
+            raise ValueError(f"`image` has to be {self.canvas}x{self.canvas} pixels, but is {image.size}.")
+        difference = np.asarray(image.convert("RGB"), dtype=np.float32) - self.background  # (64, 64, 3)
+        distance = np.linalg.norm(difference, axis=-1)
+        labels, _ = ndimage.label(distance >= MIN_BACKGROUND_DISTANCE, structure=np.ones((3, 3)))
+
+        icons = []
+        for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+            component = labels[rows, columns] == number
+            if component.sum() < MIN_COMPONENT_PIXELS:
+                continue
+            component_difference = difference[rows, columns]
+            component_distance = distance[rows, columns]
+            core = component & (component_distance >= np.median(component_distance[component]))
+            rgb = np.median(component_difference[core], axis=0)
+            silhouette = component & (component_difference @ rgb >= 0.5 * (rgb @ rgb))
+            top, bottom = rows.start + extent(silhouette.any(axis=1))
+            left, right = columns.start + extent(silhouette.any(axis=0))
+            shape, iou = self._nearest_shape(crop(silhouette))
+            color, color_distance = self._nearest_color(self.background + rgb)
+            icons.append(FoundIcon(shape, iou, color, color_distance, (int(left), int(top), int(right), int(bottom))))
+        return tuple(sorted(icons, key=lambda icon: icon.box))
+
+    @cached_property
+    def _silhouettes(self) -> np.ndarray:
+        """bool (shapes, 32, 32): every shape's silhouette, scaled to the common box."""
+        return np.stack([to_common_box(mask) for mask in self._masks.values()])
+
+    def _nearest_shape(self, silhouette: np.ndarray) -> tuple[str, float]:
+        scaled = to_common_box(silhouette.astype(np.float32))
+        intersection = (self._silhouettes & scaled).sum(axis=(1, 2))
+        union = (self._silhouettes | scaled).sum(axis=(1, 2))
+        iou = intersection / union
+        best = int(iou.argmax())
+        return list(self.shapes)[best], float(iou[best])
+
+    def _nearest_color(self, rgb: np.ndarray) -> tuple[str, float]:
+        distances = {color: float(np.linalg.norm(rgb - reference)) for color, reference in self.colors.items()}
+        nearest = min(distances, key=distances.get)
+        return nearest, distances[nearest]
+
+
+class IconDataset(Dataset):
+    """Training pictures with their prompts. Item i is a function of (seed, i) alone: workers change nothing.
+
+    Args:
+        num_pictures: the length.
+        seed: two seeds give different pictures.
+        category_weights: how often each category is drawn, relative to the others; 1 for those not named.
+
+    An item is `{"image": PIL RGB 64x64, "text": prompt}`.
+
+    Raises:
+        ValueError: for a length under 1, a negative seed, or weights that `category_probabilities` refuses.
+    """
+
+    def __init__(self, num_pictures: int, seed: int, category_weights: Mapping[str, float] | None = None):
+        if num_pictures < 1:
+            raise ValueError(f"`num_pictures` has to be at least 1, but is {num_pictures}.")
+        if seed < 0:
+            raise ValueError(f"`seed` has to be at least 0, but is {seed}.")
+        category_probabilities(category_weights)
+        self.num_pictures = num_pictures
+        self.seed = seed
+        self.category_weights = category_weights
+        self.world = IconWorld()
+
+    def __len__(self) -> int:
+        return self.num_pictures
+
+    def __getitem__(self, index: int) -> dict[str, Image.Image | str]:
+        if not 0 <= index < self.num_pictures:
+            raise IndexError(f"index {index} is outside of 0..{self.num_pictures - 1}")
+        rng = np.random.default_rng((self.seed, index))
+        prompt = self.world.sample_prompt(rng, self.category_weights).text
+        return {"image": self.world.draw(prompt, rng), "text": prompt}
+
+
+def category_probabilities(category_weights: Mapping[str, float] | None) -> np.ndarray:
+    """float64 (6,): how likely each of `CATEGORIES` is drawn; a category without a weight has 1.
+
+    Raises:
+        ValueError: for an unknown category, a negative or infinite weight, or weights that are all 0.
+    """
+    category_weights = category_weights or {}
+    for category, weight in category_weights.items():
+        if category not in CATEGORIES:
+            raise ValueError(f"`category_weights` names {category!r}; the categories are {', '.join(CATEGORIES)}.")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"`category_weights` gives {category} {weight}; a weight has to be at least 0 and finite."
+            )
+    weights = np.array([category_weights.get(category, 1.0) for category in CATEGORIES])
+    if not weights.any():
+        raise ValueError("`category_weights` has to give at least one category more than 0.")
+    return weights / weights.sum()
+
+
+def find_difference(prompt: IconPrompt, icons: tuple[FoundIcon, ...]) -> str:
+    """In what the icons differ from the prompt, in words; empty if in nothing."""
+    if len(icons) != len(prompt.icons):
+        return f"{len(icons)} icons in place of {len(prompt.icons)}"
+    for icon in icons:
+        if icon.iou < MIN_IOU:
+            return f"an icon like none of the shapes (nearest: {icon.shape}, IoU {icon.iou:.2f})"
+        if icon.color_distance > MAX_COLOR_DISTANCE:
+            return f"a {icon.shape} in none of the colors (nearest: {icon.color}, at {icon.color_distance:.0f})"
+    found_shapes = sorted(icon.shape for icon in icons)
+    if found_shapes != sorted(shape for shape, _ in prompt.icons):
+        return f"the shapes are {', '.join(found_shapes)}"
+    if prompt.category == "counting":
+        found_colors = {icon.color for icon in icons}
+        return f"the colors differ: {', '.join(sorted(found_colors))}" if len(found_colors) > 1 else ""
+    found = {icon.shape: icon for icon in icons}  # the shapes of any other prompt differ from each other
+    for shape, color in prompt.icons:
+        if color is not None and found[shape].color != color:
+            return f"the {shape} is {found[shape].color}"
+    if prompt.relation is not None:
+        first, second = (found[shape].center for shape, _ in prompt.icons)
+        offset = second[0] - first[0], second[1] - first[1]
+        if not relation_holds(prompt.relation, *offset, tolerance=CENTER_TOLERANCE_PX):
+            return f"not {prompt.relation}: the second is {offset[0]:+.1f} px right, {offset[1]:+.1f} px down"
+    return ""
+
+
+def relation_holds(relation: str, offset_x: float, offset_y: float, tolerance: float = 0.0) -> bool:
+    """Whether A stands in the relation to B, given where B's centre is, in pixels right of and below A's.
+
+    At most one relation holds for any offset, whatever the tolerance.
+    """
+    along, across = {
+        "left of": (offset_x, offset_y),
+        "right of": (-offset_x, offset_y),
+        "above": (offset_y, offset_x),
+        "below": (-offset_y, offset_x),
+    }[relation]
+    return (
+        along >= MIN_CENTER_DISTANCE_ALONG - tolerance
+        and abs(across) < MAX_CENTER_DISTANCE_ACROSS + tolerance
+        and along > abs(across)
+    )
+
+
+def find_font(requirement: str, file: str) -> Path:
+    """The path of a font file inside an installed package.
+
+    Raises:
+        ImportError: if the package is absent or of another version.
+    """
+    package, version = requirement.split("==")
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ImportError(f"The icons come from the package {package}; run `pip install {requirement}`.")
+    if (installed := importlib.metadata.version(package)) != version:
+        raise ImportError(f"The icons are those of {requirement}, but {installed} is installed.")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def draw_glyph(font: Path, character: str) -> np.ndarray:
+    """float32 (height, width) in [0, 1]: the character, some hundreds of pixels large, cropped to its box."""
+    glyph = Image.new("L", (1000, 1000))
+    ImageDraw.Draw(glyph).text((200, 200), character, fill=255, font=ImageFont.truetype(font, 512))
+    return np.asarray(glyph.crop(glyph.getbbox()), dtype=np.float32) / 255
+
+
+def scale_mask(mask: np.ndarray, longest_side: int) -> np.ndarray:
+    """The mask with its longest side scaled to so many pixels, antialiased: drawn 4 times larger, then reduced."""
+    scale = longest_side / max(mask.shape)
+    height, width = (round(side * scale) for side in mask.shape)
+    large = Image.fromarray(mask).resize((width * SUPERSAMPLING, height * SUPERSAMPLING), Image.Resampling.BOX)
+    return np.asarray(large.reduce(SUPERSAMPLING))
+
+
+def to_common_box(mask: np.ndarray) -> np.ndarray:
+    """bool (32, 32): a silhouette that fills its box, stretched to the common one."""
+    size = (COMMON_BOX_PX, COMMON_BOX_PX)
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR)) >= 0.5
+
+
+def extent(line: np.ndarray) -> np.ndarray:
+    """The first index of a bool vector that is True, and the last plus one."""
+    indices = np.flatnonzero(line)
+    return np.array([indices[0], indices[-1] + 1])
+
+
+def crop(silhouette: np.ndarray) -> np.ndarray:
+    """A bool picture cropped to the box of what is True."""
+    top, bottom = extent(silhouette.any(axis=1))
+    left, right = extent(silhouette.any(axis=0))
+    return silhouette[top:bottom, left:right]
+
+
+def write_image_folder(output_dir: Path, num_pictures: int, seed: int) -> None:
+    """Write an `IconDataset` as an image folder: `000000.png`, ... and their prompts in `metadata.jsonl`.
+
+    The folder appears when it is whole.
+
+    Raises:
+        FileExistsError: if there is something at `output_dir`.
+    """
+    if output_dir.exists():
+        raise FileExistsError(f"`output_dir` exists already: {output_dir}")
+    dataset = IconDataset(num_pictures, seed)
+    partial = output_dir.with_name(f"{output_dir.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    with (partial / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for index in range(num_pictures):
+            item = dataset[index]
+            name = f"{index:06d}.png"
+            item["image"].save(partial / name)
+            metadata.write(json.dumps({"file_name": name, "text": item["text"]}) + "\n")
+    partial.rename(output_dir)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write captioned pictures of the icon world as an image folder.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--num_pictures", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    try:
+        write_image_folder(args.output_dir, args.num_pictures, args.seed)
+    except (ValueError, FileExistsError, ImportError) as error:
+        parser.error(str(error))
+    print(f"{args.num_pictures} pictures in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+import json
+import pickle
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from icons import (
+    CATEGORIES,
+    DrawnIcon,
+    IconDataset,
+    IconWorld,
+    find_difference,
+    find_font,
+    main,
+    relation_holds,
+)
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader
+
+
+@pytest.fixture(scope="module")
+def world() -> IconWorld:
+    return IconWorld()
+
+
+def some_prompts(world: IconWorld, number_of_color_attr: int) -> list[str]:
+    """Every prompt, but only so many of the 5040 of `color_attr`."""
+    texts = {category: [prompt.text for prompt in prompts] for category, prompts in world.prompts.items()}
+    rng = np.random.default_rng(0)
+    texts["color_attr"] = list(rng.choice(texts["color_attr"], number_of_color_attr, replace=False))
+    return [str(text) for category in CATEGORIES for text in texts[category]]
+
+
+def center_offset(first: DrawnIcon, second: DrawnIcon) -> tuple[float, float]:
+    return tuple((second.box[i] + second.box[i + 2] - first.box[i] - first.box[i + 2]) / 2 for i in (0, 1))
+
+
+def paste(world: IconWorld, *icons: tuple[str, str, int, tuple[int, int]]) -> Image.Image:
+    """A picture of (shape, color, number of icons that sets its size, (left, top))."""
+    pixels = np.full((64, 64, 3), world.background, dtype=np.uint8)
+    for shape, color, number, (left, top) in icons:
+        patch = world._patches[shape, number, color]
+        pixels[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
+    return Image.fromarray(pixels)
+
+
+# Prompts
+
+
+def test_every_category_is_enumerated_once(world):
+    assert {category: len(prompts) for category, prompts in world.prompts.items()} == {
+        "single_object": 10,
+        "two_object": 10 * 9,
+        "counting": 10 * 3,
+        "colors": 10 * 8,
+        "position": 10 * 9 * 4,
+        "color_attr": 10 * 9 * 8 * 7,
+    }
+    texts = [prompt.text for prompts in world.prompts.values() for prompt in prompts]
+    assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize(
+    ("text", "category", "icons", "relation"),
+    [
+        ("a star", "single_object", (("star", None),), None),
+        ("a star and a car", "two_object", (("star", None), ("car", None)), None),
+        ("three fish", "counting", (("fish", None),) * 3, None),
+        ("an orange key", "colors", (("key", "orange"),), None),
+        ("a moon left of a tree", "position", (("moon", None), ("tree", None)), "left of"),
+        ("a red fish and an orange crown", "color_attr", (("fish", "red"), ("crown", "orange")), None),
+    ],
+)
+def test_parse(world, text, category, icons, relation):
+    prompt = world.parse(text)
+    assert (prompt.text, prompt.category, prompt.icons, prompt.relation) == (text, category, icons, relation)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a dog", "a orange key", "five stars", "a star and a star", "a red star and a red car", "A star"]
+)
+def test_a_prompt_from_outside_the_world_is_refused_by_name(world, text):
+    for refuse in (world.parse, world.is_held_out, lambda t: world.draw(t, np.random.default_rng(0))):
+        with pytest.raises(ValueError, match="`prompt` has to be a prompt of the icon world"):
+            refuse(text)
+
+
+def test_a_fifth_of_every_category_but_the_first_is_held_out_by_the_checksum_of_its_sorted_words(world):
+    for category, prompts in world.prompts.items():
+        held_out = [prompt for prompt in prompts if world.is_held_out(prompt.text)]
+        if category == "single_object":
+            assert held_out == []
+            assert world.held_out_prompts[category] == prompts
+            continue
+        assert world.held_out_prompts[category] == held_out
+        assert 0.1 < len(held_out) / len(prompts) < 0.4
+        assert set(held_out) == set(prompts) - set(world.training_prompts[category])
+        for prompt in prompts:
+            checksum = zlib.crc32(" ".join(sorted(prompt.text.split())).encode())
+            assert world.is_held_out(prompt.text) == (checksum % 5 == 0)
+
+
+def test_a_held_out_prompt_is_held_out_in_either_order(world):
+    for prompt in world.held_out_prompts["two_object"]:
+        first, second = prompt.text.split(" and ")
+        assert world.is_held_out(f"{second} and {first}")
+
+
+def test_sampling_follows_the_weights_and_never_meets_a_held_out_prompt(world):
+    rng = np.random.default_rng(0)
+    weights = {"counting": 3, "colors": 0}
+    drawn = [world.sample_prompt(rng, weights) for _ in range(7000)]
+    assert not any(world.is_held_out(prompt.text) for prompt in drawn)
+    counts = Counter(prompt.category for prompt in drawn)
+    assert counts["colors"] == 0
+    for category in set(CATEGORIES) - {"colors"}:
+        expected = 7000 * weights.get(category, 1) / 7
+        assert abs(counts[category] - expected) < 5 * expected**0.5
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"colours": 1}, "names 'colours'"),
+        ({"colors": -1}, "gives colors -1"),
+        ({"colors": float("nan")}, "gives colors nan"),
+        (dict.fromkeys(CATEGORIES, 0), "at least one category"),
+    ],
+)
+def test_bad_weights_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        IconDataset(1, seed=0, category_weights=weights)
+
+
+# Drawing
+
+
+def test_scenes_obey_the_rules_of_the_world(world):
+    rng = np.random.default_rng(1)
+    for text in some_prompts(world, 500):
+        prompt = world.parse(text)
+        image, icons = world.draw_scene(text, rng)
+        assert image.size == (64, 64) and image.mode == "RGB"
+        assert [icon.shape for icon in icons] == [shape for shape, _ in prompt.icons]
+        for icon, (_, color) in zip(icons, prompt.icons, strict=True):
+            assert color in (None, icon.color)
+            left, top, right, bottom = icon.box
+            assert left % 4 == top % 4 == 0
+            assert 0 <= left < right <= 64 and 0 <= top < bottom <= 64
+            assert max(right - left, bottom - top) == {1: 36, 2: 26, 3: 22, 4: 20}[len(icons)]
+        for i, first in enumerate(icons):
+            for second in icons[:i]:
+                gaps = [max(first.box[k] - second.box[k + 2], second.box[k] - first.box[k + 2]) for k in (0, 1)]
+                assert max(gaps) >= 4
+        if prompt.category == "counting":
+            assert len({icon.color for icon in icons}) == 1
+        if prompt.category == "position":
+            x, y = center_offset(*icons)
+            along, across = {"left of": (x, y), "right of": (-x, y), "above": (y, x), "below": (-y, x)}[
+                prompt.relation
+            ]
+            assert along >= 16 and abs(across) < 14
+
+
+def test_what_a_prompt_does_not_name_varies(world):
+    rng = np.random.default_rng(2)
+    scenes = [world.draw_scene("a star and a car", rng)[1] for _ in range(300)]
+    assert {icon.color for icons in scenes for icon in icons} == set(world.colors)
+    assert len({icons[0].box for icons in scenes}) > 80
+    assert any(icons[0].color == icons[1].color for icons in scenes)
+
+
+def test_an_icon_has_its_flat_color_inside_and_blends_into_the_background(world):
+    image = np.asarray(world.draw("a blue heart", np.random.default_rng(3))).reshape(-1, 3).astype(int)
+    counts = Counter(map(tuple, image))
+    assert {color for color, _ in counts.most_common(2)} == {(250, 248, 244), (35, 90, 220)}
+    assert 20 < sum(counts.values()) - sum(count for _, count in counts.most_common(2)) < 200
+
+
+def test_items_are_a_function_of_seed_and_index(tmp_path):
+    dataset = IconDataset(8, seed=5)
+    items = [dataset[index] for index in range(8)]
+    copy = pickle.loads(pickle.dumps(IconDataset(100, seed=5)))
+    for index in (7, 0, 3):
+        assert copy[index]["text"] == items[index]["text"]
+        assert copy[index]["image"].tobytes() == items[index]["image"].tobytes()
+    from_workers = [item for batch in DataLoader(dataset, 2, num_workers=2, collate_fn=list) for item in batch]
+    assert [item["text"] for item in from_workers] == [item["text"] for item in items]
+    assert [item["image"].tobytes() for item in from_workers] == [item["image"].tobytes() for item in items]
+    other = IconDataset(8, seed=6)
+    assert [other[index]["text"] for index in range(8)] != [item["text"] for item in items]
+
+
+def test_the_dataset_has_an_end():
+    dataset = IconDataset(3, seed=0)
+    assert len(dataset) == 3 and len(list(dataset)) == 3
+    with pytest.raises(IndexError):
+        dataset[3]
+    with pytest.raises(ValueError, match="`num_pictures`"):
+        IconDataset(0, seed=0)
+    with pytest.raises(ValueError, match="`seed`"):
+        IconDataset(1, seed=-1)
+
+
+def test_an_image_folder_is_written_whole_or_not_at_all(tmp_path, capsys):
+    main(["--output_dir", str(tmp_path / "icons"), "--num_pictures", "3", "--seed", "4"])
+    lines = [json.loads(line) for line in (tmp_path / "icons" / "metadata.jsonl").read_text().splitlines()]
+    dataset = IconDataset(3, seed=4)
+    assert [line["text"] for line in lines] == [dataset[index]["text"] for index in range(3)]
+    with Image.open(tmp_path / "icons" / lines[2]["file_name"]) as image:
+        assert image.tobytes() == dataset[2]["image"].tobytes()
+    for arguments in (["--output_dir", str(tmp_path / "icons")], ["--output_dir", str(tmp_path / "new"), "--seed=-1"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["icons"]
+
+
+def test_a_missing_font_package_is_named():
+    with pytest.raises(ImportError, match="pip install nosuchfont==1.0"):
+        find_font("nosuchfont==1.0", "font.ttf")
+    with pytest.raises(ImportError, match="those of pillow==0.0"):
+        find_font("pillow==0.0", "font.ttf")
+
+
+# Checking
+
+
+def test_every_drawn_picture_is_right(world):
+    rng = np.random.default_rng(7)
+    checked = Counter()
+    for text in some_prompts(world, 1500) + 20 * [p.text for p in world.prompts["counting"] + world.prompts["colors"]]:
+        verdict = world.judge(world.draw(text, rng), text)
+        assert verdict.right and verdict.reason == "", f"{text}: {verdict}"
+        checked[world.parse(text).category] += 1
+    assert sum(checked.values()) > 4000 and len(checked) == 6
+
+
+def test_a_picture_is_right_for_exactly_the_prompts_that_its_scene_fulfils(world):
+    """Against the scene as drawn, for every prompt of the world; offsets within the tolerance are left to the checker."""
+
+    def fulfils(icons, prompt) -> bool | None:
+        if Counter(icon.shape for icon in icons) != Counter(shape for shape, _ in prompt.icons):
+            return False
+        if prompt.category == "counting":
+            return len({icon.color for icon in icons}) == 1
+        by_shape = {icon.shape: icon for icon in icons}
+        if any(color not in (None, by_shape[shape].color) for shape, color in prompt.icons):
+            return False
+        if prompt.relation is None:
+            return True
+        x, y = center_offset(*(by_shape[shape] for shape, _ in prompt.icons))
+        along, across = (x, y) if prompt.relation in ("left of", "right of") else (y, x)
+        along = along if prompt.relation in ("left of", "above") else -along
+        if abs(along - 16) <= 2 or abs(abs(across) - 14) <= 2:
+            return None
+        return along >= 16 and abs(across) < 14
+
+    rng = np.random.default_rng(8)
+    every_prompt = [prompt for prompts in world.prompts.values() for prompt in prompts]
+    scenes = Counter()
+    for category in CATEGORIES:
+        for index in rng.choice(len(world.prompts[category]), 25):
+            image, icons = world.draw_scene(world.prompts[category][index].text, rng)
+            found = world.find_icons(image)
+            for prompt in every_prompt:
+                expected = fulfils(icons, prompt)
+                if expected is not None:
+                    reason = find_difference(prompt, found)
+                    assert (reason == "") == expected, (prompt.text, icons, reason)
+                    scenes[category, expected] += 1
+    assert all(scenes[category, True] >= 25 and scenes[category, False] > 100_000 for category in CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("a star", []),
+        ("a star and a car", ["a car and a star"]),
+        ("four keys", []),
+        ("a red star", []),
+        ("a star left of a car", ["a car right of a star"]),
+        ("a moon below a fish", ["a fish above a moon"]),
+        ("a red star and an orange car", ["an orange car and a red star"]),
+    ],
+)
+def test_within_a_category_only_prompts_that_mean_the_same_are_accepted(world, text, same):
+    rng = np.random.default_rng(9)
+    for _ in range(10):
+        found = world.find_icons(world.draw(text, rng))
+        accepted = {p.text for p in world.prompts[world.parse(text).category] if not find_difference(p, found)}
+        assert accepted == {text, *same}
+
+
+def test_noise_blur_and_specks_do_not_matter(world):
+    rng = np.random.default_rng(10)
+    right = 0
+    for _ in range(200):
+        category = CATEGORIES[rng.integers(6)]
+        text = world.prompts[category][rng.integers(len(world.prompts[category]))].text
+        image = world.draw(text, rng).filter(ImageFilter.GaussianBlur(0.6))
+        pixels = np.asarray(image) + rng.normal(0, 6, (64, 64, 3))
+        pixels[0, 0] = pixels[63, 0] = 128  # two specks, of one pixel each
+        right += world.check(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), text)
+    assert right >= 198
+
+
+def test_two_icons_of_one_shape_are_not_one_and_different_colors_do_not_count(world):
+    two = paste(world, ("heart", "red", 2, (0, 0)), ("heart", "red", 2, (36, 36)))
+    assert world.check(two, "two hearts")
+    assert not world.check(two, "a heart")
+    assert not world.check(two, "three hearts")
+    mixed = paste(world, ("heart", "red", 2, (0, 0)), ("heart", "blue", 2, (36, 36)))
+    assert "colors differ: blue, red" in world.judge(mixed, "two hearts").reason
+
+
+def test_color_and_shape_go_together(world):
+    image = paste(world, ("heart", "red", 2, (0, 0)), ("car", "blue", 2, (36, 36)))
+    assert world.check(image, "a red heart and a blue car")
+    assert world.judge(image, "a blue heart and a red car").reason == "the heart is red"
+
+
+@pytest.mark.parametrize("offset", [(20, 20), (-20, 20), (0, 0), (14, 5), (30, 16)])
+def test_a_diagonal_or_too_near_an_icon_is_in_no_relation(offset):
+    assert not any(relation_holds(relation, *offset) for relation in ("left of", "right of", "above", "below"))
+
+
+def test_at_most_one_relation_holds_even_with_tolerance():
+    offsets = np.arange(-40, 40.5, 0.5)
+    for x in offsets:
+        for y in offsets:
+            held = [r for r in ("left of", "right of", "above", "below") if relation_holds(r, x, y, tolerance=2)]
+            assert len(held) <= 1
+    assert relation_holds("left of", 16, -13.5) and relation_holds("above", 13.5, 16)
+    assert relation_holds("left of", 15.5, 0, tolerance=1) and not relation_holds("left of", 14.5, 0, tolerance=1)
+
+
+def test_what_is_no_icon_is_refused(world):
+    blank = Image.new("RGB", (64, 64), (250, 248, 244))
+    assert world.judge(blank, "a star").reason == "0 icons in place of 1"
+
+    cross = blank.copy()
+    cross.paste((220, 35, 40), (10, 29, 54, 33))
+    cross.paste((220, 35, 40), (30, 10, 34, 54))
+    assert "like none of the shapes" in world.judge(cross, "a star").reason
+
+    grey = Image.fromarray(
+        np.where(np.asarray(paste(world, ("star", "black", 1, (8, 8)))) < 128, 140, 250).astype("u1")
+    )
+    assert "in none of the colors" in world.judge(grey, "a star").reason
+
+    extra = paste(world, ("star", "red", 1, (0, 0)), ("fish", "blue", 4, (44, 50)))
+    assert not world.check(extra, "a star")
+
+    upside_down = paste(world, ("tree", "green", 1, (8, 8))).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    assert not world.check(upside_down, "a tree")
+
+    with pytest.raises(ValueError, match="64x64 pixels, but is \\(32, 32\\)"):
+        world.check(blank.resize((32, 32)), "a star")
+    with pytest.raises(ValueError, match="`prompt`"):
+        world.check(blank, "a dog")
+
+
+def test_found_icons_say_what_is_where(world):
+    image, drawn = world.draw_scene("a purple key and a yellow fish", np.random.default_rng(11))
+    by_shape = {icon.shape: icon for icon in world.find_icons(image)}
+    for icon in drawn:
+        found = by_shape[icon.shape]
+        assert found.color == icon.color and found.color_distance < 3 and found.iou > 0.85
+        assert max(abs(a - b) for a, b in zip(found.box, icon.box, strict=True)) <= 1
