@@ -1,0 +1,32 @@
+"""BitDance for Diffusers. Importing the package registers its classes with `diffusers`."""
+
+import diffusers
+from diffusers import ModelMixin, SchedulerMixin  # noqa: F401 - looked up on this package by Diffusers
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+from .models.autoencoder_bitdance import BitDanceTokenizer
+from .models.transformer_bitdance import BitDanceTransformer
+from .pipelines.pipeline_bitdance import BitDancePipeline
+from .pipelines.pipeline_output import BitDancePipelineOutput
+from .schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
+
+__version__ = "0.1.0"
+__all__ = [
+    "BinaryDiffusionScheduler",
+    "BitDancePipeline",
+    "BitDancePipelineOutput",
+    "BitDanceTokenizer",
+    "BitDanceTransformer",
+]
+
+# A saved pipeline names the package and a class, `["bitdance_diffusers", "BitDanceTransformer"]`: Diffusers then looks for
+# the two base classes on the package, and finds how to load from this table.
+LOADABLE_CLASSES["bitdance_diffusers"] = {
+    "ModelMixin": ["save_pretrained", "from_pretrained"],
+    "SchedulerMixin": ["save_pretrained", "from_pretrained"],
+}
+# `DiffusionPipeline.from_pretrained`, `AutoModel` and `AutoPipelineForText2Image` look classes up on `diffusers`.
+for _class in (BitDancePipeline, BitDanceTokenizer, BitDanceTransformer, BinaryDiffusionScheduler):
+    setattr(diffusers, _class.__name__, _class)
+AUTO_TEXT2IMAGE_PIPELINES_MAPPING["bitdance"] = BitDancePipeline

@@ -1,0 +1,185 @@
+"""The binary diffusion head: noisy bits of one patch + the transformer's condition + a time -> the clean bits.
+
+Shapes: R rows (patches denoised side by side), P tokens a patch, C bits a token, D width of the condition, G width of
+the head. (BitDance, arXiv 2602.14041, binary diffusion head.)
+"""
+
+import math
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding
+from torch import nn
+
+TIMESTEP_FEATURES = 256
+
+
+def timestep_features(timestep: torch.Tensor) -> torch.Tensor:
+    """
+    Sinusoidal features of times in [0, 1]: (...) -> (..., 256), `[cos | sin]` of `1000 t f_k` in float32.
+
+    The frequencies `f_k = exp(-ln(10000) k / 128)` are formed by exp: the power form differs in the last bits, and the
+    sampler amplifies them.
+    """
+    half = TIMESTEP_FEATURES // 2
+    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    frequencies = torch.exp(-math.log(10000) * index / half)
+    angles = (timestep.float() * 1000.0)[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    return hidden_states * (1 + scale) + shift
+
+
+class BinaryDiffusionHeadAttnProcessor:
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "BinaryDiffusionHeadAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        # (R, P, 3 G) -> three of (R, P, H, d)
+        query, key, value = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1)).unbind(dim=2)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out(hidden_states.flatten(2, 3))
+
+
+class BinaryDiffusionHeadAttention(nn.Module, AttentionModuleMixin):
+    """Full attention over the P tokens of a patch, one fused projection: the patch is short and the call is frequent."""
+
+    _default_processor_cls = BinaryDiffusionHeadAttnProcessor
+    _available_processors = [BinaryDiffusionHeadAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, dim_head: int):
+        super().__init__()
+        self.heads = dim // dim_head
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.set_processor(BinaryDiffusionHeadAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class BinaryDiffusionHeadFeedForward(nn.Module):
+    """SwiGLU with a fused (gate, up) projection, or a plain SiLU layer; hidden width int(1.5 G)."""
+
+    def __init__(self, dim: int, use_swiglu: bool):
+        super().__init__()
+        hidden_dim = int(1.5 * dim)
+        self.use_swiglu = use_swiglu
+        self.linear_in = nn.Linear(dim, 2 * hidden_dim if use_swiglu else hidden_dim)
+        self.linear_out = nn.Linear(hidden_dim, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.linear_in(hidden_states)
+        if self.use_swiglu:
+            gate, up = hidden_states.chunk(2, dim=-1)
+            return self.linear_out(nn.functional.silu(gate) * up)
+        return self.linear_out(nn.functional.silu(hidden_states))
+
+
+class BinaryDiffusionHeadBlock(nn.Module):
+    """Attention and feed-forward, each modulated and gated: six chunks of the modulation, (R, P, 6 G)."""
+
+    def __init__(self, dim: int, dim_head: int, use_swiglu: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = BinaryDiffusionHeadAttention(dim, dim_head)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.ff = BinaryDiffusionHeadFeedForward(dim, use_swiglu)
+
+    def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
+        hidden_states = hidden_states + gate1 * self.attn(modulate(self.norm1(hidden_states), scale1, shift1))
+        return hidden_states + gate2 * self.ff(modulate(self.norm2(hidden_states), scale2, shift2))
+
+
+class BinaryDiffusionHeadNormOut(nn.Module):
+    """The last, adaptive layer norm."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, hidden_states: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.linear(embeds).chunk(2, dim=-1)
+        return modulate(self.norm(hidden_states), scale, shift)
+
+
+class BinaryDiffusionHead(nn.Module):
+    """
+    Predicts the clean bits of a patch from noisy ones.
+
+    Args:
+        in_channels (`int`): C, bits a token.
+        condition_dim (`int`): D, width of the condition.
+        dim (`int`): G, width of the head.
+        num_layers (`int`): blocks.
+        num_modulations (`int`): modulation layers; consecutive blocks share one. Divides `num_layers`.
+        dim_head (`int`): width of an attention head; divides `dim`.
+        use_swiglu (`bool`): gated feed-forward layers.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        condition_dim: int,
+        dim: int,
+        num_layers: int,
+        num_modulations: int,
+        dim_head: int,
+        use_swiglu: bool,
+    ):
+        super().__init__()
+        self.proj_in = nn.Linear(in_channels, dim)
+        self.condition_proj = nn.Linear(condition_dim, dim)
+        self.time_embed = TimestepEmbedding(TIMESTEP_FEATURES, dim)
+        self.modulations = nn.ModuleList([nn.Linear(dim, 6 * dim) for _ in range(num_modulations)])
+        self.blocks = nn.ModuleList([BinaryDiffusionHeadBlock(dim, dim_head, use_swiglu) for _ in range(num_layers)])
+        self.norm_out = BinaryDiffusionHeadNormOut(dim)
+        self.proj_out = nn.Linear(dim, in_channels)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        timestep_embeds: torch.Tensor | None = None,
+        condition_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor | None, torch.Tensor]:
+        """
+        Args:
+            hidden_states (R, P, C): noisy bits, any float dtype. Without them nothing is predicted: the call returns
+                `(timestep_embeds, condition_embeds)`, so that a sampler forms them once and not at every evaluation.
+            timestep (...): times in [0, 1], 0 = noise; (R, 1) here gives a time per patch.
+            condition (R, P, D): the transformer's output for the patch.
+            timestep_embeds (..., G), condition_embeds (R, P, G): what an earlier call returned, in place of the two.
+
+        Returns:
+            (R, P, C): the predicted clean bits in (-1, 1).
+        """
+        if condition is not None:
+            condition_embeds = self.condition_proj(condition)
+        if timestep is not None:
+            timestep_embeds = self.time_embed(timestep_features(timestep).to(condition_embeds.dtype))
+        if hidden_states is None:
+            return timestep_embeds, condition_embeds
+
+        embeds = nn.functional.silu(timestep_embeds + condition_embeds)  # (R, P, G)
+        hidden_states = self.proj_in(hidden_states.to(condition_embeds.dtype))
+        blocks_per_modulation = len(self.blocks) // len(self.modulations)
+        for i, block in enumerate(self.blocks):
+            if i % blocks_per_modulation == 0:
+                modulation = self.modulations[i // blocks_per_modulation](embeds)  # (R, P, 6 G)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, modulation)
+            else:
+                hidden_states = block(hidden_states, modulation)
+        prediction = self.proj_out(self.norm_out(hidden_states, embeds))
+        return 2 * torch.sigmoid(prediction) - 1

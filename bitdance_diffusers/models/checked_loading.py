@@ -1,0 +1,62 @@
+"""Loading that refuses what Diffusers lets through: a missing tensor, an unknown one, a wrong shape, an unknown field."""
+
+import inspect
+import os
+from typing import Self
+
+from diffusers.configuration_utils import FrozenDict
+from safetensors import SafetensorError, safe_open
+
+
+class CheckedLoadingMixin:
+    """
+    Stock `from_pretrained`, with the checkpoint's headers compared to the model before memory is allocated.
+
+    Diffusers only warns about missing and unknown tensors, and a missing one then stays a meta parameter that fails at
+    the first call. Goes before `ModelMixin` in a class's bases.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except SafetensorError as error:
+            folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            raise OSError(
+                f"{cls.__name__}: a safetensors file in {folder!r} is damaged or cut short: {error}"
+            ) from error
+
+    @classmethod
+    def from_config(cls, config: FrozenDict | dict, return_unused_kwargs: bool = False, **kwargs):
+        # What the config may hold beside __init__'s parameters: private entries and a quantization that was saved.
+        known = {*inspect.signature(cls.__init__).parameters, "quantization_config"}
+        unknown = sorted(name for name in config if name not in known and not name.startswith("_"))
+        if unknown:
+            raise ValueError(f"{cls.__name__}: unknown fields in the config: {unknown}; known are {sorted(known)}.")
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
+        if kwargs.get("hf_quantizer") is None:
+            _compare_headers(cls.__name__, model, resolved_model_file)
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
+
+
+def _compare_headers(name: str, model, files: list[str]) -> None:
+    expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                found.update({key: (file, handle.get_slice(key).get_shape()) for key in handle.keys()})
+        except SafetensorError as error:
+            raise OSError(f"{name}: {file!r} is damaged or cut short: {error}") from error
+    problems = [f"{key!r} is missing from {', '.join(map(str, files))}" for key in expected if key not in found]
+    for key, (file, shape) in found.items():
+        if key not in expected:
+            problems.append(f"{key!r} in {file} is unknown to the model")
+        elif shape != expected[key]:
+            problems.append(f"{key!r} in {file} has shape {shape}, the config asks for {expected[key]}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{name}: the checkpoint does not fit its config: {shown}.")

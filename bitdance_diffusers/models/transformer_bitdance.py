@@ -1,0 +1,292 @@
+"""BitDanceTransformer: prompt and code so far -> the condition of the next patch -> its clean bits.
+
+Shapes: B rows, L text tokens (prompt frame, size tokens and P - 1 query tokens), M patches in the picture, K patches fed
+back, P = p * p tokens a patch, C bits a token, D width, G width of the head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import PixArtAlphaTextProjection
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput, apply_lora_scale
+from torch import nn
+
+from .binary_diffusion_head import BinaryDiffusionHead
+from .block_causal_decoder import BlockCausalDecoderLayer, StaticKVCache, block_causal_mask, rotary_1d
+from .checked_loading import CheckedLoadingMixin
+
+
+@dataclass
+class BitDanceTransformerOutput(BaseOutput):
+    """
+    What a call of [`BitDanceTransformer`] computed; what it did not is `None`.
+
+    Args:
+        sample (R, P, C) or (B, M, P, C): predicted clean bits in (-1, 1).
+        condition (B, K, P, D): the head's condition, one for each of the last K blocks.
+        condition_embeds (B, K, P, G): the condition as the head projects it.
+        timestep_embeds (..., G): the times as the head projects them.
+        inputs_embeds (B, L, D): embedded token ids.
+        text_logits (B, L, vocab_size): next-token logits of the text part.
+    """
+
+    sample: torch.Tensor | None = None
+    condition: torch.Tensor | None = None
+    condition_embeds: torch.Tensor | None = None
+    timestep_embeds: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+    text_logits: torch.Tensor | None = None
+
+
+def sincos_2d(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """
+    Sine-cosine embedding of (row, column) coordinates: (..., 2) -> (..., dim) in float32.
+
+    Each axis takes dim / 2 channels laid out `[sin | cos]` with frequencies `10000^(-k / (dim / 4))`; the column comes
+    first.
+    """
+    quarter = dim // 4
+    exponent = torch.arange(quarter, dtype=torch.float32, device=positions.device) / quarter
+    angles = positions.flip(-1)[..., None].float() * (1.0 / 10000**exponent)  # (..., 2, dim / 4), column first
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+    """
+    The text-to-image transformer of BitDance (arXiv 2602.14041): a decoder-only language model (Qwen3's architecture), a
+    projector that feeds finished patches back, and the binary diffusion head.
+
+    Args:
+        vocab_size (`int`): text, size and query tokens.
+        hidden_size (`int`): D; a multiple of 4.
+        intermediate_size (`int`): width of the decoder's feed-forward layers.
+        num_layers (`int`): decoder layers.
+        num_attention_heads, num_key_value_heads, attention_head_dim (`int`): H, K and width of the attention heads.
+        max_position_embeddings (`int`): longest sequence (text and picture) that the language model was made for.
+        rope_theta (`float`): base of the rotary embedding.
+        norm_eps (`float`): of every RMSNorm.
+        in_channels (`int`): C, bits a token.
+        patch_size (`int`): p; p * p tokens are predicted at once.
+        head_hidden_size, head_num_layers, head_num_modulations, head_attention_head_dim, head_use_swiglu: the head's
+            sizes, see [`BinaryDiffusionHead`].
+        use_lm_head (`bool`): keep the language model's output layer. Only the text loss of training uses it.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["BlockCausalDecoderLayer", "BinaryDiffusionHead"]
+    _repeated_blocks = ["BlockCausalDecoderLayer", "BinaryDiffusionHeadBlock"]
+    _skip_layerwise_casting_patterns = ["embed_tokens", "norm", "time_embed", "proj_in", "proj_out", "condition_proj"]
+    _skip_keys = ["kv_cache"]
+    _group_offload_block_modules = ["head"]
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 152203,
+        hidden_size: int = 5120,
+        intermediate_size: int = 17408,
+        num_layers: int = 40,
+        num_attention_heads: int = 40,
+        num_key_value_heads: int = 8,
+        attention_head_dim: int = 128,
+        max_position_embeddings: int = 40960,
+        rope_theta: float = 1000000.0,
+        norm_eps: float = 1e-6,
+        in_channels: int = 32,
+        patch_size: int = 4,
+        head_hidden_size: int = 5120,
+        head_num_layers: int = 6,
+        head_num_modulations: int = 2,
+        head_attention_head_dim: int = 128,
+        head_use_swiglu: bool = True,
+        use_lm_head: bool = False,
+    ):
+        super().__init__()
+        sizes = dict(self.config)
+        for name in ("rope_theta", "norm_eps"):
+            if not sizes[name] > 0:
+                raise ValueError(f"`{name}` is {sizes[name]}; it has to be positive.")
+        for name, value in sizes.items():
+            if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_") and value < 1:
+                raise ValueError(f"`{name}` is {value}; it has to be a positive integer.")
+        for whole, part in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("head_num_layers", "head_num_modulations"),
+            ("head_hidden_size", "head_attention_head_dim"),
+        ):
+            if sizes[whole] % sizes[part]:
+                raise ValueError(f"`{whole}` ({sizes[whole]}) has to be a multiple of `{part}` ({sizes[part]}).")
+        if hidden_size % 4:
+            raise ValueError(f"`hidden_size` is {hidden_size}; the 2-D position embedding asks for a multiple of 4.")
+        if attention_head_dim % 2:
+            raise ValueError(
+                f"`attention_head_dim` is {attention_head_dim}; the rotary embedding asks for an even one."
+            )
+
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.projector = PixArtAlphaTextProjection(in_channels, hidden_size, act_fn="gelu_tanh")
+        self.layers = nn.ModuleList(
+            [
+                BlockCausalDecoderLayer(
+                    hidden_size,
+                    num_attention_heads,
+                    num_key_value_heads,
+                    attention_head_dim,
+                    intermediate_size,
+                    qk_norm=True,
+                    eps=norm_eps,
+                )
+                for _ in range(num_layers)
+            ]
+        )
+        self.norm_out = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False) if use_lm_head else None
+        self.head = BinaryDiffusionHead(
+            in_channels,
+            hidden_size,
+            head_hidden_size,
+            head_num_layers,
+            head_num_modulations,
+            head_attention_head_dim,
+            head_use_swiglu,
+        )
+        self.gradient_checkpointing = False
+
+    def allocate_kv_cache(
+        self, attention_mask: torch.Tensor, num_patches: int, dtype: torch.dtype, device: torch.device
+    ) -> StaticKVCache:
+        """The cache of one generation: L text tokens (`attention_mask` (B, L), bool) and `num_patches` fed back."""
+        return StaticKVCache(
+            self.config.num_layers,
+            self.config.num_key_value_heads,
+            self.config.attention_head_dim,
+            attention_mask,
+            attention_mask.shape[1] + num_patches * self.config.patch_size**2,
+            dtype,
+            device,
+        )
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        noisy_code: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        code: torch.Tensor | None = None,
+        code_positions: torch.Tensor | None = None,
+        condition_positions: torch.Tensor | None = None,
+        kv_cache: StaticKVCache | None = None,
+        timestep_embeds: torch.Tensor | None = None,
+        condition_embeds: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> BitDanceTransformerOutput | tuple[torch.Tensor, ...]:
+        """
+        One forward for training and every stage of generation; offloading, DDP/FSDP and `torch.compile` see all of it.
+
+        | given | computed |
+        |---|---|
+        | `input_ids` alone | `inputs_embeds` |
+        | text and/or `code`, with `condition_positions` | `condition`, `condition_embeds`; `timestep_embeds` of a `timestep` |
+        | the same with `noisy_code` and `timestep` (training) | `sample` as well |
+        | `inputs_embeds` and `kv_cache` alone | the cache is filled with a part of a long text |
+        | `noisy_code`, `timestep_embeds`, `condition_embeds` (sampling) | `sample` |
+
+        Args:
+            noisy_code: noisy bits, (B, M, P, C) beside a text (also (R * B, M, P, C): R draws of noise per patch, the
+                batch repeated whole), or (R, P, C) beside `condition_embeds`.
+            timestep: times in [0, 1], 0 = noise, 1 = data: (B, M) beside `noisy_code`, of any shape without it.
+            input_ids (B, L) or inputs_embeds (B, L, D): the text, its last P tokens being the block that predicts the
+                first patch (`<|res_w|>` and the queries).
+            attention_mask (B, L), bool: False at padding, which is on the left. Not needed with `kv_cache`.
+            code (B, K, P, C): finished patches fed back, -1/+1, in generation order.
+            code_positions (K, P, 2): (row, column) of their tokens.
+            condition_positions (K', P, 2): (row, column) of the tokens to predict. The last K' blocks of this call are
+                their condition: K + 1 with a text, one while decoding.
+            kv_cache: the cache, extended by the length of this call.
+            attention_kwargs: `scale` for LoRA, as in Diffusers.
+        """
+        patch_tokens = self.config.patch_size**2
+        if input_ids is not None:
+            inputs_embeds = self.embed_tokens(input_ids)
+            if condition_positions is None:
+                return BitDanceTransformerOutput(inputs_embeds=inputs_embeds) if return_dict else (inputs_embeds,)
+        if inputs_embeds is None and code is None:
+            sample = self.head(noisy_code, timestep_embeds=timestep_embeds, condition_embeds=condition_embeds)
+            return BitDanceTransformerOutput(sample=sample) if return_dict else (sample,)
+
+        # 1. The sequence: text, then patches fed back with the position embedding of their tokens.
+        parts = [] if inputs_embeds is None else [inputs_embeds]
+        num_text = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+        if code is not None:
+            code_embeds = self.projector(code)  # (B, K, P, D)
+            code_embeds = code_embeds + sincos_2d(code_positions, self.config.hidden_size).to(code_embeds.dtype)
+            parts.append(code_embeds.flatten(1, 2))
+        hidden_states = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, S, D)
+        num_tokens = hidden_states.shape[1]
+
+        # 2. Who sees whom, and where each token stands.
+        if kv_cache is not None:
+            key_mask, slots, num_visible = kv_cache.key_mask, kv_cache.slots, kv_cache.visible_slots.shape[0]
+            position_ids = (slots - kv_cache.num_padding[:, None]).clamp(min=0)  # (B, S)
+        else:
+            key_mask, slots, num_visible = None, torch.arange(num_tokens, device=hidden_states.device), num_tokens
+            position_ids = slots[None]
+            if attention_mask is not None:
+                key_mask = nn.functional.pad(attention_mask, (0, num_tokens - num_text), value=True)
+                position_ids = (slots - (~attention_mask).sum(dim=1, keepdim=True)).clamp(min=0)
+        if num_text > 0:
+            num_causal = num_visible - num_tokens + num_text  # of the whole sequence
+            if condition_positions is not None:  # the text ends with the first block
+                num_causal = num_causal - patch_tokens
+            mask = block_causal_mask(slots, num_visible, num_causal, patch_tokens, key_mask)
+        else:  # one block, which sees all that came before
+            mask = None if key_mask is None else key_mask[:, None, None, :]
+        cos, sin = rotary_1d(position_ids, self.config.attention_head_dim, self.config.rope_theta)
+        rotary = (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
+
+        # 3. The decoder.
+        for i, layer in enumerate(self.layers):
+            layer_cache = None if kv_cache is None else kv_cache.layers[i]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    layer, hidden_states, rotary, mask, layer_cache, slots, num_visible
+                )
+            else:
+                hidden_states = layer(hidden_states, rotary, mask, layer_cache, slots, num_visible)
+        if condition_positions is None:
+            return BitDanceTransformerOutput() if return_dict else ()
+        hidden_states = self.norm_out(hidden_states)
+        text_logits = None
+        if self.lm_head is not None and kv_cache is None:
+            text_logits = self.lm_head(hidden_states[:, :num_text])
+
+        # 4. The last blocks, with the position embedding of the tokens that they predict, are the head's condition.
+        num_blocks = condition_positions.shape[0]
+        condition = hidden_states[:, num_tokens - num_blocks * patch_tokens :].unflatten(1, (num_blocks, patch_tokens))
+        condition = condition + sincos_2d(condition_positions, self.config.hidden_size).to(condition.dtype)
+
+        # 5. The head. Every patch is a row of its own to it.
+        sample = None
+        if noisy_code is None:
+            timestep_embeds, condition_embeds = self.head(timestep=timestep, condition=condition)
+        else:
+            num_draws = noisy_code.shape[0] // condition.shape[0]
+            rows = condition.repeat(num_draws, 1, 1, 1).flatten(0, 1)  # (R * B * M, P, D)
+            sample = self.head(noisy_code.flatten(0, 1), timestep=timestep.flatten()[:, None], condition=rows)
+            sample = sample.unflatten(0, (noisy_code.shape[0], num_blocks))
+        output = BitDanceTransformerOutput(
+            sample=sample,
+            condition=condition,
+            condition_embeds=condition_embeds,
+            timestep_embeds=timestep_embeds,
+            text_logits=text_logits,
+        )
+        return output if return_dict else output.to_tuple()

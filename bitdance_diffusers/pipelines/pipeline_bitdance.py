@@ -1,0 +1,542 @@
+"""BitDancePipeline: text to image."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import get_module_execution_device
+from transformers import PreTrainedTokenizerBase
+
+from ..image_sizes import check_size
+from ..loaders.lora import BitDanceLoraLoaderMixin
+from ..models.autoencoder_bitdance import BitDanceTokenizer
+from ..models.transformer_bitdance import BitDanceTransformer
+from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
+from ..prompt import picture_start_ids, prompt_ids, unconditional_ids
+from ..sampling import denoise_patch, draw_patch_noise
+from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
+from .pipeline_output import BitDancePipelineOutput
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Text tokens that one forward of the prefill takes: memory does not grow with the square of a long prompt.
+PREFILL_TOKENS = 2048
+
+
+class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
+    """
+    Text-to-image generation with BitDance (arXiv 2602.14041): a transformer reads the prompt and the picture so far, a
+    binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a picture.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the text tokenizer, with BitDance's size and query tokens.
+        vae ([`BitDanceTokenizer`]): the binary autoencoder.
+        transformer ([`BitDanceTransformer`]): the language model, projector and diffusion head.
+        scheduler ([`BinaryDiffusionScheduler`]): times and updates of the head's diffusion.
+        default_height, default_width (`int`): pixels, where a call names no size.
+        default_num_inference_steps (`int`): steps per patch, where a call names none.
+        default_guidance_scale (`float`): guidance, where a call names none.
+        supported_sizes (list of `[height, width]`, *optional*): the sizes in pixels that the checkpoint was trained on.
+            Another size is drawn with a warning.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vae: BitDanceTokenizer,
+        transformer: BitDanceTransformer,
+        scheduler: BinaryDiffusionScheduler,
+        default_height: int = 1024,
+        default_width: int = 1024,
+        default_num_inference_steps: int = 50,
+        default_guidance_scale: float = 7.5,
+        supported_sizes: list[list[int]] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, vae=vae, transformer=transformer, scheduler=scheduler)
+        self.register_to_config(
+            default_height=default_height,
+            default_width=default_width,
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            supported_sizes=supported_sizes,
+        )
+        self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 16
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        if getattr(self, "vae", None) and getattr(self, "transformer", None):
+            code_bits, read_bits = self.vae.config.latent_channels, self.transformer.config.in_channels
+            if code_bits != read_bits:
+                raise ValueError(
+                    f"`vae` writes {code_bits} bits a token (`latent_channels`) but `transformer` reads {read_bits} "
+                    "(`in_channels`); they belong to different checkpoints."
+                )
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        prompt_embeds_mask: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds_mask: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+        max_sequence_length: int,
+    ) -> None:
+        """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
+        patch_size = self.transformer.config.patch_size
+        check_size(height, width, self.vae_scale_factor, patch_size)
+
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+            ("max_sequence_length", max_sequence_length),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"`{name}` is {value!r}; it has to be a positive integer.")
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}; it has to be a positive integer.")
+        if not isinstance(guidance_scale, (int, float)) or isinstance(guidance_scale, bool):
+            raise TypeError(f"`guidance_scale` is {guidance_scale!r}; it has to be a number.")
+        if not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"`guidance_scale` is {guidance_scale}; it has to be finite and not negative.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` names {unknown}; allowed are {self._callback_tensor_inputs}."
+            )
+
+        for side, text, embeds, mask in (
+            ("", prompt, prompt_embeds, prompt_embeds_mask),
+            ("negative_", negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask),
+        ):
+            if text is not None and embeds is not None:
+                raise ValueError(f"`{side}prompt` and `{side}prompt_embeds` are both given; give one of them.")
+            if text is not None and not isinstance(text, (str, list)):
+                raise TypeError(f"`{side}prompt` is {text!r}; it has to be a string or a list of strings.")
+            if isinstance(text, list):
+                if not text:
+                    raise ValueError(f"`{side}prompt` is an empty list; it has to hold at least one string.")
+                others = [entry for entry in text if not isinstance(entry, str)]
+                if others:
+                    raise TypeError(f"`{side}prompt` holds {others[0]!r}; it has to be a string or a list of strings.")
+            if embeds is not None:
+                width_asked = self.transformer.config.hidden_size
+                if embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != width_asked:
+                    raise ValueError(
+                        f"`{side}prompt_embeds` has shape {tuple(embeds.shape)}; it has to be (batch, tokens, "
+                        f"{width_asked})."
+                    )
+            if mask is not None:
+                if embeds is None or mask.shape != embeds.shape[:2]:
+                    raise ValueError(
+                        f"`{side}prompt_embeds_mask` has shape {tuple(mask.shape)}; it has to be the first two sizes of "
+                        f"`{side}prompt_embeds`, {None if embeds is None else tuple(embeds.shape[:2])}."
+                    )
+                if not bool(mask.bool()[:, -1].all()) or bool((mask.bool().int().diff(dim=1) < 0).any()):
+                    raise ValueError(
+                        f"`{side}prompt_embeds_mask` is {mask.int().tolist()}; padding (0) has to stand on the left, and "
+                        "every row needs a real token (1)."
+                    )
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("`prompt` and `prompt_embeds` are both None; give one of them.")
+
+        batch_size = 1
+        if isinstance(prompt, list):
+            batch_size = len(prompt)
+        elif prompt_embeds is not None:
+            batch_size = prompt_embeds.shape[0]
+        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+            raise ValueError(
+                f"`negative_prompt` holds {len(negative_prompt)} texts for {batch_size} prompts; give one string, or one "
+                "for each prompt."
+            )
+        if negative_prompt_embeds is not None and negative_prompt_embeds.shape[0] != batch_size:
+            raise ValueError(
+                f"`negative_prompt_embeds` has {negative_prompt_embeds.shape[0]} rows for {batch_size} prompts; their "
+                "numbers have to be equal."
+            )
+
+        num_images = batch_size * num_images_per_prompt
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        others = [entry for entry in generators if not isinstance(entry, torch.Generator)]
+        if others:
+            raise TypeError(f"`generator` holds {others[0]!r}; it has to be a torch.Generator or a list of them.")
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}; it has to hold one generator for each of the {num_images} "
+                "images."
+            )
+
+        if latents is not None:
+            shape = (
+                num_images,
+                self.transformer.config.in_channels,
+                height // self.vae_scale_factor,
+                width // self.vae_scale_factor,
+            )
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"`latents` has shape {tuple(latents.shape)}; it has to be {shape}.")
+            wrong = latents[(latents != 0) & (latents.abs() != 1)]
+            if wrong.numel():
+                raise ValueError(
+                    f"`latents` holds {wrong.flatten()[0].item()}; allowed are -1 and +1, and 0 where nothing is decoded."
+                )
+            decoded = grid_to_patches(latents != 0, patch_size).permute(1, 0, 2, 3).flatten(1)  # (M, B * P * C)
+            if bool((decoded.any(dim=1) != decoded.all(dim=1)).any()):
+                raise ValueError(
+                    "`latents` holds a partly decoded patch; a patch is 0 everywhere, in every image, or nowhere."
+                )
+            if bool((decoded[:, 0].int().diff() > 0).any()):
+                raise ValueError(
+                    "`latents` holds an undecoded patch before a decoded one; the decoded ones have to be the first in "
+                    "generation order."
+                )
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 1024,
+        device: torch.device | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Texts in their frames -> embeddings and masks of the conditional and the unconditional rows.
+
+        A missing or empty negative prompt is the frame without a user; any other text takes the user frame. Embeddings
+        that are given are only repeated.
+
+        Returns:
+            `prompt_embeds` (B, L, D) padded on the left, `prompt_embeds_mask` (B, L) bool, and the negative two, which are
+            None without guidance; B is prompts x `num_images_per_prompt`, the images of a prompt side by side.
+
+        Raises:
+            ValueError: a text is not valid Unicode, or longer than `max_sequence_length` tokens in its frame.
+        """
+        device = device or self._execution_device
+
+        # All texts are tokenized and measured before a weight is touched.
+        def tokenize(name: str, texts: list[str], user_frame_of_empty: bool) -> list[list[int]]:
+            rows = []
+            for text in texts:
+                framed = text != "" or user_frame_of_empty
+                rows.append(prompt_ids(self.tokenizer, text) if framed else unconditional_ids(self.tokenizer))
+                if len(rows[-1]) > max_sequence_length:
+                    raise ValueError(
+                        f"`{name}` is {len(rows[-1])} tokens long in its frame; `max_sequence_length` allows "
+                        f"{max_sequence_length}."
+                    )
+            return rows
+
+        ids = negative_ids = None
+        if prompt_embeds is None:
+            prompt = [prompt] if isinstance(prompt, str) else prompt
+            ids = tokenize("prompt", prompt, user_frame_of_empty=True)
+        batch_size = len(prompt) if prompt_embeds is None else prompt_embeds.shape[0]
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative_prompt = negative_prompt or ""
+            negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
+            negative_ids = tokenize("negative_prompt", negatives, user_frame_of_empty=False)
+
+        def embed(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+            longest = max(map(len, rows))
+            padded = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows], device=device)
+            mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
+            return self.transformer(input_ids=padded, return_dict=False)[0], mask
+
+        def repeat(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            if mask is None:
+                mask = embeds.new_ones(embeds.shape[:2])
+            embeds = embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+            return embeds, mask.to(device, torch.bool).repeat_interleave(num_images_per_prompt, dim=0)
+
+        if ids is not None:
+            prompt_embeds, prompt_embeds_mask = embed(ids)
+        prompt_embeds, prompt_embeds_mask = repeat(prompt_embeds, prompt_embeds_mask)
+        if not do_classifier_free_guidance:
+            return prompt_embeds, prompt_embeds_mask, None, None
+        if negative_ids is not None:
+            negative_prompt_embeds, negative_prompt_embeds_mask = embed(negative_ids)
+        negative_prompt_embeds, negative_prompt_embeds_mask = repeat(
+            negative_prompt_embeds, negative_prompt_embeds_mask
+        )
+        return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
+
+    def prepare_latents(
+        self, batch_size: int, height: int, width: int, device: torch.device, latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The code so far, (B, C, h, w) float32: `latents`, or 0 everywhere. `height` and `width` are in pixels."""
+        if latents is not None:
+            return latents.to(device, torch.float32, copy=True)
+        shape = (
+            batch_size,
+            self.transformer.config.in_channels,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
+        )
+        return torch.zeros(shape, device=device)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Patches in the picture: a call has one callback and one tick of the progress bar for each."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> int | None:
+        """The patch under way, counted from 0."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 1024,
+    ) -> BitDancePipelineOutput | tuple:
+        """
+        Draw pictures.
+
+        Args:
+            prompt (`str` or `list[str]`): the texts, of any mix of lengths. All share every forward. Special tokens in
+                them are plain text.
+            negative_prompt (`str` or `list[str]`, *optional*): what guidance leads away from; one for all, or one for
+                each prompt. None or empty is the original's unconditional frame.
+            height, width (`int`, *optional*): pixels; multiples of `vae_scale_factor` x the transformer's `patch_size`, at
+                most 256 tokens a side. The pipeline's `default_height` and `default_width` where None.
+            num_inference_steps (`int`, *optional*): diffusion steps per patch; the head is evaluated once more than that.
+            guidance_scale (`float`, *optional*): classifier-free guidance; at most 1 runs the conditional rows only. Read
+                anew at every patch, so that a callback may change `pipe._guidance_scale`.
+            num_images_per_prompt (`int`): pictures of each prompt.
+            generator (`torch.Generator` or a list, *optional*): one generator reproduces the original's draws for the
+                batch as a whole; a list, one for each picture, makes each independent of its neighbours in the batch.
+            latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere. The
+                decoded patches, the first in generation order, are kept.
+            prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask (`torch.Tensor`,
+                *optional*): what [`~.encode_prompt`] returns, in place of texts.
+            output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`): an output object, or a tuple.
+            callback_on_step_end (`Callable`, *optional*): called after every patch with the pipeline, the index of the
+                patch (twice) and a dict of `callback_on_step_end_tensor_inputs`; `latents` in the dict that it returns
+                takes the place of the code so far.
+            attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
+            max_sequence_length (`int`): most tokens that a text may have in its frame. Nothing is cut off.
+
+        Returns:
+            [`BitDancePipelineOutput`], or a tuple whose first element is the images.
+
+        Raises:
+            ValueError, TypeError: see [`~.check_inputs`] and [`~.encode_prompt`].
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        height = self.config.default_height if height is None else height
+        width = self.config.default_width if width is None else width
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+
+        # 1. Check inputs
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            latents,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            max_sequence_length,
+        )
+        supported = self.config.supported_sizes
+        if supported is not None and [height, width] not in [list(size) for size in supported]:
+            logger.warning_once(
+                f"{height} x {width} is not a size that this checkpoint was trained on; those are {supported}."
+            )
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+        device = self._execution_device
+        guided = self.do_classifier_free_guidance
+
+        # 2. Encode the prompts; conditional and unconditional rows become one batch, padded on the left
+        prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            guided,
+            num_images_per_prompt,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            max_sequence_length,
+            device,
+        )
+        batch_size = prompt_embeds.shape[0]
+        text_embeds, text_mask = prompt_embeds, prompt_embeds_mask  # (R, L, D), (R, L); R rows
+        if guided:
+            longest = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])
+            text_embeds, text_mask = (
+                torch.cat(
+                    [torch.cat([x.new_zeros(batch_size, longest - x.shape[1], *x.shape[2:]), x], dim=1) for x in pair]
+                )
+                for pair in (
+                    (prompt_embeds, negative_prompt_embeds),
+                    (prompt_embeds_mask, negative_prompt_embeds_mask),
+                )
+            )
+        num_rows = text_embeds.shape[0]
+
+        # 3. Prepare the code, and the tokens that announce it
+        patch_size = self.transformer.config.patch_size
+        latents = self.prepare_latents(batch_size, height, width, device, latents)
+        latent_height, latent_width = latents.shape[-2:]
+        patches = grid_to_patches(latents, patch_size)  # (B, M, P, C)
+        num_patches = patches.shape[1]
+        num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
+        positions = patch_positions(latent_height, latent_width, patch_size, device)  # (M, P, 2)
+        start_ids = picture_start_ids(self.tokenizer, latent_height, latent_width, patch_size)
+        start_embeds = self.transformer(input_ids=torch.tensor([start_ids], device=device), return_dict=False)[0]
+        start_embeds = start_embeds.to(text_embeds.dtype).expand(num_rows, -1, -1)
+        text_embeds = torch.cat([text_embeds, start_embeds], dim=1)
+        text_mask = torch.cat([text_mask, text_mask.new_ones(num_rows, len(start_ids))], dim=1)
+
+        # 4. Prepare the timesteps of a patch
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = num_patches
+
+        # 5. Read the text: the last block of it predicts the first patch
+        kv_cache = self.transformer.allocate_kv_cache(text_mask, num_patches - 1, text_embeds.dtype, device)
+        parts = text_embeds[:, : -(patch_size**2)].split(PREFILL_TOKENS, dim=1)
+        for part in parts[:-1]:
+            kv_cache.extend(part.shape[1])
+            self.transformer(inputs_embeds=part, kv_cache=kv_cache, attention_kwargs=attention_kwargs)
+        last_part = torch.cat([parts[-1], text_embeds[:, -(patch_size**2) :]], dim=1)
+        kv_cache.extend(last_part.shape[1])
+        output = self.transformer(
+            inputs_embeds=last_part,
+            condition_positions=positions[:1],
+            timestep=self.scheduler.timesteps,
+            kv_cache=kv_cache,
+            attention_kwargs=attention_kwargs,
+        )
+        timestep_embeds, condition_embeds = output.timestep_embeds, output.condition_embeds  # (n + 1, G), (R, 1, P, G)
+
+        def predict(noisy_code: torch.Tensor, timestep_embeds: torch.Tensor) -> torch.Tensor:
+            return self.transformer(
+                noisy_code=noisy_code,
+                timestep_embeds=timestep_embeds,
+                condition_embeds=condition_embeds[:, 0],
+                attention_kwargs=attention_kwargs,
+                return_dict=False,
+            )[0]
+
+        # 6. Patch by patch: denoise the next one, then feed it back
+        with self.progress_bar(total=num_patches) as progress_bar:
+            progress_bar.update(num_kept)
+            for i in range(num_patches):
+                if self.interrupt:
+                    continue
+                self._current_timestep = i
+                if i >= num_kept:
+                    noise = draw_patch_noise(num_inference_steps, patches[:, i].shape, generator, device)
+                    prediction = denoise_patch(
+                        predict,
+                        noise,
+                        timestep_embeds,
+                        self.scheduler.step_coefficients,
+                        self._guidance_scale if guided else None,
+                    )
+                    patches[:, i] = torch.where(prediction > 0, 1.0, -1.0)
+                    if callback_on_step_end is not None:
+                        latents = patches_to_grid(patches, latent_height, latent_width)
+                        callback_kwargs = {}
+                        for name in callback_on_step_end_tensor_inputs:
+                            callback_kwargs[name] = locals()[name]
+                        callback_outputs = callback_on_step_end(self, i, i, callback_kwargs)
+                        latents = callback_outputs.pop("latents", latents)
+                        patches = grid_to_patches(latents, patch_size)
+                    progress_bar.update()
+                if i + 1 < num_patches and not self.interrupt:
+                    kv_cache.extend(patch_size**2)
+                    condition_embeds = self.transformer(
+                        code=patches[:, i : i + 1].to(text_embeds.dtype).repeat(num_rows // batch_size, 1, 1, 1),
+                        code_positions=positions[i : i + 1],
+                        condition_positions=positions[i + 1 : i + 2],
+                        kv_cache=kv_cache,
+                        attention_kwargs=attention_kwargs,
+                    ).condition_embeds
+        self._current_timestep = None
+
+        # 7. Decode the picture
+        images = patches_to_grid(patches, latent_height, latent_width)
+        if output_type != "latent":
+            code = images.to(get_module_execution_device(self.vae), self.vae.dtype)
+            images = self.vae.decode(code, generator=generator, return_dict=False)[0]
+            images = self.image_processor.postprocess(images, output_type=output_type)
+
+        self.maybe_free_model_hooks()
+        return BitDancePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,184 @@
+"""BinaryDiffusionScheduler: the times, the update of one step, noising, and training's choice and weight of times.
+
+Time runs from 0 (noise) to 1 (data): `z_t = (1 - t) noise + t x` (BitDance, arXiv 2602.14041). The head predicts the
+clean code x. Sampling follows the stochastic differential equation
+
+    dz = [v + (1 - t) s] dt + sqrt(2 (1 - t)) dw,    v = (x - z) / (1 - t),    s = (t v - z) / (1 - t),
+
+to t = 0.95, and ends with one more prediction, which is the sample.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+LAST_TIMESTEP = 0.95
+MIN_NOISE_LEVEL = 0.05
+SOLVERS = ("euler_maruyama", "exponential", "exponential_2m")
+
+
+@dataclass
+class BinaryDiffusionSchedulerOutput(BaseOutput):
+    """
+    Args:
+        prev_sample (`torch.Tensor`): the sample one step nearer to the data, the shape of `sample`.
+    """
+
+    prev_sample: torch.Tensor
+
+
+def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
+    """`(1/a) / (1/a + (1/t - 1))` in float32 and in this order, also for a = 1: the sampler amplifies the last bits."""
+    return (1 / shift) / (1 / shift + (1 / timesteps - 1))
+
+
+def update_sample(
+    sample: torch.Tensor,
+    prediction: torch.Tensor,
+    previous_prediction: torch.Tensor | None,
+    noise: torch.Tensor,
+    coefficients: torch.Tensor,
+) -> torch.Tensor:
+    """
+    One step of any solver, an affine map of what it is given; `coefficients` (4,) is a row of
+    [`BinaryDiffusionScheduler.step_coefficients`]. `previous_prediction` may be None where its coefficient is 0.
+    """
+    keep, toward, correct, spread = coefficients.unbind()
+    sample = keep * sample + toward * prediction + spread * noise
+    if previous_prediction is not None:
+        sample = sample + correct * (prediction - previous_prediction)
+    return sample
+
+
+class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
+    """
+    Scheduler of the binary diffusion head. It holds the times of a run but no step counter: [`~.step`] finds its place
+    by the timestep, so that every patch of a picture takes the same times.
+
+    Args:
+        shift (`float`, defaults to 1.0): the time shift a > 0; above 1 more steps go to the noisy end.
+        timestep_sampling (`str`, defaults to `"logit_normal"`): training times, `"logit_normal"` or `"uniform"`.
+        logit_mean, logit_std (`float`, default -0.8 and 0.8): of the normal variable under the sigmoid.
+        solver_type (`str`, defaults to `"euler_maruyama"`): `"euler_maruyama"` is the original's. `"exponential"` steps
+            exactly while the prediction is held fixed, `"exponential_2m"` adds a second-order multistep correction in the
+            log signal-to-noise ratio.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        shift: float = 1.0,
+        timestep_sampling: str = "logit_normal",
+        logit_mean: float = -0.8,
+        logit_std: float = 0.8,
+        solver_type: str = "euler_maruyama",
+    ):
+        if not shift > 0:
+            raise ValueError(f"`shift` is {shift}; it has to be positive.")
+        if timestep_sampling not in ("logit_normal", "uniform"):
+            raise ValueError(
+                f"`timestep_sampling` is {timestep_sampling!r}; allowed are 'logit_normal' and 'uniform'."
+            )
+        if solver_type not in SOLVERS:
+            raise ValueError(f"`solver_type` is {solver_type!r}; allowed are {', '.join(map(repr, SOLVERS))}.")
+        self.num_inference_steps = None
+        self.timesteps = None
+        self.step_coefficients = None
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """
+        Prepare a run of `num_inference_steps` steps.
+
+        Sets `timesteps` (num_inference_steps + 1,), float32, ascending: the time of every evaluation of the head; and
+        `step_coefficients` (num_inference_steps, 4): the row of step i is what [`update_sample`] takes.
+        """
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it has to be a positive integer.")
+        nodes = shift_timesteps(torch.linspace(0, LAST_TIMESTEP, num_inference_steps + 1), self.config.shift)
+        t, u = nodes[:-1], nodes[1:]
+        if self.config.solver_type == "euler_maruyama":
+            step = u - t
+            slope = (1 + t) * step / (1 - t).clamp(min=MIN_NOISE_LEVEL)
+            keep, toward, spread = 1 - step - slope, slope, torch.sqrt(2 * (1 - t) * step)
+            correct = torch.zeros_like(t)
+        else:
+            ratio = (1 - u) / (1 - t)
+            keep, toward = ratio**2, u - ratio**2 * t
+            spread = (1 - u) * torch.sqrt(1 - ratio**2)
+            correct = torch.zeros_like(t)
+            if self.config.solver_type == "exponential_2m":
+                # Extrapolate the prediction linearly in the log signal-to-noise ratio, to the middle of the step.
+                log_snr = torch.log(nodes / (1 - nodes))  # -inf at t = 0: the second step has no correction
+                ahead = log_snr.diff()
+                correct[1:] = toward[1:] * ahead[1:] / (2 * ahead[:-1])
+        self.num_inference_steps = num_inference_steps
+        self.step_coefficients = torch.stack([keep, toward, correct, spread], dim=1).to(device)
+        # The last evaluation stands at 0.95 whatever the shift.
+        self.timesteps = torch.cat([t, torch.tensor([LAST_TIMESTEP])]).to(device)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
+        """The head takes the noisy bits as they are; part of the Diffusers scheduler interface."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        previous_model_output: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> BinaryDiffusionSchedulerOutput | tuple[torch.Tensor]:
+        """
+        One step from `timestep`, which has to be one of `timesteps`.
+
+        Args:
+            model_output: predicted clean code, (guided where guidance is used), the shape of `sample`.
+            sample: noisy code, float32.
+            generator: draws the step's noise; a list draws each row of the batch from its own.
+            previous_model_output: the prediction of the step before, which only `"exponential_2m"` uses.
+
+        At the last timestep the result is `model_output` itself: the step that is left ends exactly there.
+        """
+        if self.timesteps is None:
+            raise ValueError("`set_timesteps` has to be called before `step`.")
+        matches = (self.timesteps == timestep).nonzero()
+        if len(matches) != 1:
+            raise ValueError(f"`timestep` is {float(timestep)}; it has to be one of `timesteps`.")
+        index = int(matches)
+        prev_sample = model_output
+        if index < self.num_inference_steps:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
+            coefficients = self.step_coefficients[index].to(sample.device)
+            prev_sample = update_sample(sample, model_output, previous_model_output, noise, coefficients)
+        return BinaryDiffusionSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`z_t = (1 - t) noise + t x`; `timesteps` is broadcast from the left, as in Diffusers."""
+        t = timesteps.view(timesteps.shape + (1,) * (original_samples.ndim - timesteps.ndim))
+        return (1 - t) * noise + t * original_samples
+
+    def sample_training_timesteps(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None = None,
+        device: str | torch.device | None = None,
+    ) -> torch.Tensor:
+        """Training times of the given shape, float32 in (0, 1), shifted: sigmoid of a normal variable, or uniform."""
+        if self.config.timestep_sampling == "logit_normal":
+            normal = torch.randn(shape, generator=generator, device=device)
+            timesteps = torch.sigmoid(normal * self.config.logit_std + self.config.logit_mean)
+        else:
+            timesteps = torch.rand(shape, generator=generator, device=device)
+        return shift_timesteps(timesteps, self.config.shift)
+
+    def loss_weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Weight of the squared error of the predicted code: `1 / max(1 - t, 0.05)^2`, a loss on velocities."""
+        return 1 / (1 - timesteps).clamp(min=MIN_NOISE_LEVEL) ** 2
