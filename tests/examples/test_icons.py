@@ -82,7 +82,7 @@ def test_parse(world, text, category, icons, relation):
 )
 def test_a_prompt_from_outside_the_world_is_refused_by_name(world, text):
     for refuse in (world.parse, world.is_held_out, lambda t: world.draw(t, np.random.default_rng(0))):
-        with pytest.raises(ValueError, match="`prompt` has to be a prompt of the icon world"):
+        with pytest.raises(ValueError, match="`prompt` has to be one of the icon world"):
             refuse(text)
 
 
@@ -167,7 +167,7 @@ def test_what_a_prompt_does_not_name_varies(world):
     rng = np.random.default_rng(2)
     scenes = [world.draw_scene("a star and a car", rng)[1] for _ in range(300)]
     assert {icon.color for icons in scenes for icon in icons} == set(world.colors)
-    assert len({icons[0].box for icons in scenes}) > 80
+    assert len({icons[0].box for icons in scenes}) > 60
     assert any(icons[0].color == icons[1].color for icons in scenes)
 
 
@@ -220,8 +220,8 @@ def test_an_image_folder_is_written_whole_or_not_at_all(tmp_path, capsys):
 def test_a_missing_font_package_is_named():
     with pytest.raises(ImportError, match="pip install nosuchfont==1.0"):
         find_font("nosuchfont==1.0", "font.ttf")
-    with pytest.raises(ImportError, match="those of pillow==0.0"):
-        find_font("pillow==0.0", "font.ttf")
+    with pytest.raises(ImportError, match="those of numpy==0.0"):
+        find_font("numpy==0.0", "font.ttf")
 
 
 # Checking
@@ -238,7 +238,7 @@ def test_every_drawn_picture_is_right(world):
 
 
 def test_a_picture_is_right_for_exactly_the_prompts_that_its_scene_fulfils(world):
-    """Against the scene as drawn, for every prompt of the world; offsets within the tolerance are left to the checker."""
+    """Against the scene as drawn, for every prompt of the world, but for offsets near the bounds of a relation."""
 
     def fulfils(icons, prompt) -> bool | None:
         if Counter(icon.shape for icon in icons) != Counter(shape for shape, _ in prompt.icons):
@@ -345,9 +345,8 @@ def test_what_is_no_icon_is_refused(world):
     cross.paste((220, 35, 40), (30, 10, 34, 54))
     assert "like none of the shapes" in world.judge(cross, "a star").reason
 
-    grey = Image.fromarray(
-        np.where(np.asarray(paste(world, ("star", "black", 1, (8, 8)))) < 128, 140, 250).astype("u1")
-    )
+    black = np.asarray(paste(world, ("star", "black", 1, (8, 8))))
+    grey = Image.fromarray(np.where(black < 128, 140, 250).astype(np.uint8))
     assert "in none of the colors" in world.judge(grey, "a star").reason
 
     extra = paste(world, ("star", "red", 1, (0, 0)), ("fish", "blue", 4, (44, 50)))
