@@ -126,9 +126,10 @@ class BitDanceTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
         overlap by a quarter).
 
         The result is an approximation. The adaptive group norms take their modulation from the whole code, tiled or
-        not, but every group norm normalises by its own tile, and a tile sees nothing beyond its edge. On 16x16 tokens
-        of the reference tokenizer with untrained weights and tiles of 8 tokens with strides of 6, a decoded value
-        differs from the untiled decode by 0.005 on average and 0.06 at most, where images span [-1, 1].
+        not, but every group norm normalises by its own tile, and a tile sees nothing beyond its edge. Measured on
+        48 x 48 random tokens of a 5-level tokenizer with untrained weights, whose images span about [-1, 1]: the
+        decoded values differ from the untiled ones by 0.017 on average and 0.24 at most with the first tiles of
+        32 x 32 tokens, and by 0.14 and 1.04 with tiles of 8 x 8 tokens. Prefer large tiles.
 
         Raises:
             ValueError: if a size is not a positive multiple of `spatial_compression_ratio`, or a stride exceeds its
@@ -201,6 +202,8 @@ class BitDanceTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Args:
             code (`torch.Tensor` of shape `(B, C, h, w)`): -1 or +1, cast to the decoder's dtype; h * w is at least 2.
+                With `enable_slicing` an image does not depend on its batch neighbours in any bit; without, a backend
+                may choose other kernels for another batch size and so round differently.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of a stochastic decoder's noise, one draw of the code's shape in float32; a list has one
                 generator per image. Without a stochastic decoder nothing is drawn.
@@ -319,9 +322,7 @@ class BitDanceTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _decode(self, code: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         if self.use_tiling:
-            return self._run_tiled(
-                lambda tile: self.decoder(tile, mean, std), code, 1, self.spatial_compression_ratio
-            )
+            return self._run_tiled(lambda tile: self.decoder(tile, mean, std), code, 1, self.spatial_compression_ratio)
         return self.decoder(code, mean, std)
 
     def _run_tiled(
@@ -340,8 +341,9 @@ class BitDanceTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
         for top in tops:
             rows.append([])
             for left in lefts:
-                y, x_ = top * input_scale, left * input_scale
-                tile = run(x[:, :, y : y + height * input_scale, x_ : x_ + width * input_scale])
+                rows_in = slice(top * input_scale, (top + height) * input_scale)
+                columns_in = slice(left * input_scale, (left + width) * input_scale)
+                tile = run(x[:, :, rows_in, columns_in])
                 # The blended tiles before this one end with what blends into it.
                 if top > 0:
                     tile = _blend(rows[-2][left // stride_width], tile, overlap_height * output_scale, dim=2)
@@ -354,9 +356,7 @@ class BitDanceTokenizer(ModelMixin, AutoencoderMixin, ConfigMixin):
             right = tile.shape[3] if last_column else stride_width * output_scale
             return tile[:, :, :bottom, :right]
 
-        kept = [
-            torch.cat([keep(tile, row is rows[-1], tile is row[-1]) for tile in row], dim=3) for row in rows
-        ]
+        kept = [torch.cat([keep(tile, row is rows[-1], tile is row[-1]) for tile in row], dim=3) for row in rows]
         return torch.cat(kept, dim=2)
 
 
@@ -574,7 +574,14 @@ def _check_config(config: dict[str, Any]) -> None:
     if config["stem_channels"] is not None:
         numbers["stem_channels"] = config["stem_channels"]
     normalised = dict(numbers)
-    for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "patch_size"):
+    for name in (
+        "in_channels",
+        "out_channels",
+        "latent_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "patch_size",
+    ):
         numbers[name] = config[name]
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
