@@ -24,8 +24,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
@@ -35,7 +37,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torch.utils.data import Dataset
-
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -531,23 +532,35 @@ def crop(silhouette: np.ndarray) -> np.ndarray:
 def write_image_folder(output_dir: Path, num_pictures: int, seed: int) -> None:
     """Write an `IconDataset` as an image folder: `000000.png`, ... and their prompts in `metadata.jsonl`.
 
-    The folder appears when it is whole.
+    Raises:
+        FileExistsError: if there is something at `output_dir`.
+    """
+    dataset = IconDataset(num_pictures, seed)
+    with new_folder(output_dir) as folder, (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for index in range(num_pictures):
+            item = dataset[index]
+            name = f"{index:06d}.png"
+            item["image"].save(folder / name)
+            metadata.write(json.dumps({"file_name": name, "text": item["text"]}) + "\n")
+
+
+@contextmanager
+def new_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder beside `output_dir` to write into, which takes its name at the end; after an error nothing is left.
 
     Raises:
         FileExistsError: if there is something at `output_dir`.
     """
     if output_dir.exists():
         raise FileExistsError(f"`output_dir` exists already: {output_dir}")
-    dataset = IconDataset(num_pictures, seed)
     partial = output_dir.with_name(f"{output_dir.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
-    with (partial / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
-        for index in range(num_pictures):
-            item = dataset[index]
-            name = f"{index:06d}.png"
-            item["image"].save(partial / name)
-            metadata.write(json.dumps({"file_name": name, "text": item["text"]}) + "\n")
-    partial.rename(output_dir)
+    try:
+        yield partial
+        partial.rename(output_dir)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -368,3 +368,10 @@ def test_found_icons_say_what_is_where(world):
         found = by_shape[icon.shape]
         assert found.color == icon.color and found.color_distance < 3 and found.iou > 0.85
         assert max(abs(a - b) for a, b in zip(found.box, icon.box, strict=True)) <= 1
+
+
+def test_blurred_edges_have_no_say_in_the_color(world):
+    rng = np.random.default_rng(12)
+    for plural in world.shapes.values():
+        image = world.draw(f"four {plural}", rng).filter(ImageFilter.GaussianBlur(0.6))
+        assert max(icon.color_distance for icon in world.find_icons(image)) < 20
