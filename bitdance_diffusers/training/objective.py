@@ -1,0 +1,167 @@
+"""The training objective. Every random draw of training is made here; the models' `forward` is deterministic.
+
+Shapes: B rows of this process, M patches, P tokens a patch, C bits a token, R draws of noise per patch
+(`diff_batch_mul`), L text tokens. (BitDance, arXiv 2602.14041; the order of the draws is the original's.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..patch_order import grid_to_patches, patch_positions
+from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
+
+
+class RandomDraws:
+    """
+    The source of a training step's random numbers.
+
+    Numbers are drawn for the batch of all processes, and each process keeps those of its own rows: how many processes
+    share a batch changes nothing.
+
+    Args:
+        generator (`torch.Generator`, *optional*): draws on its own device; torch's default CPU generator if None.
+        process_index, num_processes (`int`): which share of the batch is this process's.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None, process_index: int = 0, num_processes: int = 1):
+        self.generator = generator
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def draw(self, function: Callable[..., torch.Tensor], shape: tuple[int, ...], batch_dim: int = 0) -> torch.Tensor:
+        """`function(shape, generator=..., device=...)` for the whole batch; returns this process's rows, `shape`."""
+        whole = list(shape)
+        whole[batch_dim] *= self.num_processes
+        device = "cpu" if self.generator is None else self.generator.device
+        numbers = function(tuple(whole), generator=self.generator, device=device)
+        return numbers.chunk(self.num_processes, dim=batch_dim)[self.process_index]
+
+
+@dataclass
+class NoisyCode:
+    """
+    What the head learns from.
+
+    Args:
+        noisy_code (R * B, M, P, C): the code at time t, the batch repeated whole for each draw.
+        timestep (R * B, M): t, one for each patch.
+        target (R * B, M, P, C): the clean code.
+    """
+
+    noisy_code: torch.Tensor
+    timestep: torch.Tensor
+    target: torch.Tensor
+
+
+def draw_noisy_code(
+    scheduler: BinaryDiffusionScheduler, code: torch.Tensor, draws: RandomDraws, num_draws: int = 1
+) -> NoisyCode:
+    """Times of all patches, then their noise, for patches `code` (B, M, P, C) in generation order."""
+    batch, num_patches, patch_tokens, channels = code.shape
+    shape = (num_draws, batch, num_patches)
+    timestep = draws.draw(scheduler.sample_training_timesteps, shape, batch_dim=1).flatten(0, 1).to(code.device)
+    noise = draws.draw(torch.randn, (*shape, patch_tokens, channels), batch_dim=1).flatten(0, 1).to(code.device)
+    target = code.repeat(num_draws, 1, 1, 1)
+    return NoisyCode(scheduler.add_noise(target, noise, timestep), timestep, target)
+
+
+def diffusion_loss(
+    scheduler: BinaryDiffusionScheduler, prediction: torch.Tensor, target: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """
+    Velocity loss of every token: mean over bits of `((x - prediction) / max(1 - t, 0.05))^2`.
+
+    `prediction` and `target` are (..., P, C), `timestep` is (...); returns (..., P) in float32.
+    """
+    error = (target.float() - prediction.float()).square().mean(dim=-1)
+    return scheduler.loss_weight(timestep)[..., None] * error
+
+
+def flip_bits(code: torch.Tensor, max_probability: float, draws: RandomDraws) -> torch.Tensor:
+    """
+    `code` (B, ...) with every bit flipped with probability `max_probability * u`, u uniform in [0, 1) and drawn for
+    every bit: what is fed back then looks like what the model will have made. Targets stay clean.
+    """
+    probability = max_probability * draws.draw(torch.rand, code.shape)
+    flipped = draws.draw(torch.rand, code.shape) < probability
+    return torch.where(flipped.to(code.device), -code, code)
+
+
+def choose_dropped(batch_size: int, probability: float, draws: RandomDraws) -> torch.Tensor:
+    """(B,) bool, on the CPU: the rows whose prompt gives way to the unconditional frame."""
+    return draws.draw(torch.rand, (batch_size,)) < probability
+
+
+def text_loss(text_logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, patch_tokens: int):
+    """
+    Cross-entropy of the next text token, over the causal part of the text and the token after it (`<|res_w|>`).
+
+    `text_logits` (B, L, vocabulary), `input_ids` and `attention_mask` (B, L); the last `patch_tokens` tokens are the
+    first block. Returns a scalar.
+    """
+    num_causal = input_ids.shape[1] - patch_tokens
+    targets = input_ids[:, 1 : num_causal + 1].masked_fill(~attention_mask[:, :num_causal], -100)
+    return nn.functional.cross_entropy(text_logits[:, :num_causal].float().flatten(0, 1), targets.flatten())
+
+
+@dataclass
+class TextToImageLoss:
+    """
+    Args:
+        loss: what to minimise.
+        vision_loss: the head's mean velocity loss, weight 1.
+        text_loss: next-token cross-entropy of the prompt, None where its weight is 0.
+    """
+
+    loss: torch.Tensor
+    vision_loss: torch.Tensor
+    text_loss: torch.Tensor | None
+
+
+def text_to_image_loss(
+    transformer: nn.Module,
+    scheduler: BinaryDiffusionScheduler,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    code: torch.Tensor,
+    patch_size: int,
+    draws: RandomDraws,
+    bit_flip_probability: float = 0.1,
+    diff_batch_mul: int = 1,
+    text_loss_weight: float = 0.0,
+) -> TextToImageLoss:
+    """
+    The loss of one teacher-forced forward.
+
+    Args:
+        transformer: a [`BitDanceTransformer`], wrapped (DDP, FSDP, compile) or not.
+        input_ids, attention_mask (B, L): framed prompts with size and query tokens, padded on the left.
+        code (B, C, h, w): the pictures' clean codes.
+        patch_size (`int`): the transformer's.
+        draws: the step's random numbers; drawn in this order: flips, times, noise.
+        bit_flip_probability (`float`): most that a fed-back bit is flipped with.
+        diff_batch_mul (`int`): draws of noise per patch.
+        text_loss_weight (`float`): above 0 the transformer needs its `lm_head` (`use_lm_head`). The original's is 0.01.
+    """
+    patches = grid_to_patches(code, patch_size)  # (B, M, P, C)
+    positions = patch_positions(*code.shape[-2:], patch_size, device=code.device)
+    # The last patch is never fed back; it is flipped all the same, so that the draws do not depend on that.
+    fed_back = flip_bits(patches, bit_flip_probability, draws)[:, :-1]
+    noisy = draw_noisy_code(scheduler, patches, draws, diff_batch_mul)
+    output = transformer(
+        noisy_code=noisy.noisy_code,
+        timestep=noisy.timestep,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        code=fed_back,
+        code_positions=positions[:-1],
+        condition_positions=positions,
+    )
+    vision = diffusion_loss(scheduler, output.sample, noisy.target, noisy.timestep).mean()
+    if text_loss_weight == 0:
+        return TextToImageLoss(vision, vision, None)
+    text = text_loss(output.text_logits, input_ids, attention_mask, patch_size**2)
+    return TextToImageLoss(vision + text_loss_weight * text, vision, text)
