@@ -20,8 +20,8 @@ __all__ = [
     "BitDanceTransformer",
 ]
 
-# A saved pipeline names the package and a class, `["bitdance_diffusers", "BitDanceTransformer"]`: Diffusers then looks for
-# the two base classes on the package, and finds how to load from this table.
+# A saved pipeline names the package and a class, `["bitdance_diffusers", "BitDanceTransformer"]`: Diffusers then
+# looks for the two base classes on the package, and finds how to load from this table.
 LOADABLE_CLASSES["bitdance_diffusers"] = {
     "ModelMixin": ["save_pretrained", "from_pretrained"],
     "SchedulerMixin": ["save_pretrained", "from_pretrained"],

@@ -1,7 +1,7 @@
 """The order in which a picture's tokens are generated: the one place that knows it.
 
-A latent grid of h x w tokens is cut into square patches of p x p tokens. Patches follow each other in raster order, and
-so do the tokens inside a patch (BitDance, arXiv 2602.14041, next-patch diffusion).
+A latent grid of h x w tokens is cut into square patches of p x p tokens. Patches follow each other in raster order,
+and so do the tokens inside a patch (BitDance, arXiv 2602.14041, next-patch diffusion).
 
 Shapes: B pictures, C bits a token, P = p * p tokens a patch, M = h * w / P patches.
 """

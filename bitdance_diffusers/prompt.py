@@ -1,6 +1,7 @@
 """Text -> token ids: the frame around a prompt, and the size and query tokens in front of the picture.
 
-    <|im_start|>user\\n{prompt}<|im_end|>\\n<|im_start|>assistant\\n  <|vision_start|><|res_h|> | <|res_w|><|query_1|>...
+    <|im_start|>user\\n{prompt}<|im_end|>\\n<|im_start|>assistant\\n  <|vision_start|><|res_h|> |
+    <|res_w|><|query_1|>...
 
 A user's text never becomes a control token: only the frame brings those, as ids.
 """

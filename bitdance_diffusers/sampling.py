@@ -37,8 +37,8 @@ def denoise_patch(
     Denoise one patch of every picture.
 
     Args:
-        predict: `(noisy bits (R, P, C), timestep embedding (G,)) -> predicted clean bits (R, P, C)`; R is B, or 2 B with
-            guidance: the conditional rows first. Both halves get the same noisy bits.
+        predict: `(noisy bits (R, P, C), timestep embedding (G,)) -> predicted clean bits (R, P, C)`; R is B, or 2 B
+            with guidance: the conditional rows first. Both halves get the same noisy bits.
         noise (n + 1, B, P, C): what [`draw_patch_noise`] drew.
         timestep_embeds (n + 1, G): the times of the evaluations as the head projects them.
         step_coefficients (n, 4): [`BinaryDiffusionScheduler.step_coefficients`].

@@ -97,8 +97,8 @@ class BitDanceLoraLoaderMixin(LoraBaseMixin):
                 unknown.append(key)
         if unknown or not state_dict:
             raise ValueError(
-                f"The LoRA does not fit {type(transformer).__name__}: {len(unknown)} of {len(state_dict)} keys name no "
-                f"module of it, e.g. {unknown[:3]}; keys look like 'transformer.layers.0.attn.to_q.lora_A.weight'."
+                f"The LoRA does not fit {type(transformer).__name__}: {len(unknown)} of {len(state_dict)} keys name "
+                f"no module of it, e.g. {unknown[:3]}; keys look like 'transformer.layers.0.attn.to_q.lora_A.weight'."
             )
         transformer.load_lora_adapter(
             state_dict,

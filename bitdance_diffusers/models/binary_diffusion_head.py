@@ -47,7 +47,7 @@ class BinaryDiffusionHeadAttnProcessor:
 
 
 class BinaryDiffusionHeadAttention(nn.Module, AttentionModuleMixin):
-    """Full attention over the P tokens of a patch, one fused projection: the patch is short and the call is frequent."""
+    """Full attention over the P tokens of a patch, one fused projection: patches are short and calls frequent."""
 
     _default_processor_cls = BinaryDiffusionHeadAttnProcessor
     _available_processors = [BinaryDiffusionHeadAttnProcessor]

@@ -1,7 +1,7 @@
 """The decoder that both transformers stack: layers, attention with its processor, and the static key/value cache.
 
-Attention is *block-causal*: the tokens of a block see each other and every earlier block. A text token is a block of its
-own, so text is causal in the usual sense; a patch of P image tokens is one block.
+Attention is *block-causal*: the tokens of a block see each other and every earlier block. A text token is a block of
+its own, so text is causal in the usual sense; a patch of P image tokens is one block.
 
 Shapes: B rows, S tokens in this call, T tokens visible (cached ones included), D width, H heads of width d,
 K key/value heads.
@@ -14,33 +14,28 @@ from torch import nn
 
 
 class LayerKVCache:
-    """Keys and values of one layer, each (B, capacity, K, d), and where the current call writes and reads them."""
+    """Keys and values of one layer: for every group of rows a pair (B_g, capacity_g, K, d)."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        self.keys = keys
-        self.values = values
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, num_visible: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (B, S, K, d) at `slots` (S,) in place; return what is visible, (B, num_visible, K, d)."""
-        self.keys.index_copy_(1, slots, keys)
-        self.values.index_copy_(1, slots, values)
-        return self.keys[:, :num_visible], self.values[:, :num_visible]
+    def __init__(self, groups: list[tuple[torch.Tensor, torch.Tensor]], cache: "StaticKVCache"):
+        self.groups = groups
+        self.cache = cache
 
 
 class StaticKVCache:
     """
     Key/value cache of a whole decoder, allocated once at its final size and written in place.
 
-    Rows may be padded on the left; padding is never attended to and positions count from a row's first real token. The
-    caller announces every block with `extend` before it runs the transformer: all that changes from one call to the next
-    is then a tensor, and a compiled graph serves every patch.
+    Rows whose text is equally long form a group with tensors of their own, without padding: attention needs no mask,
+    so that every backend takes it, and a row's result does not depend, in any bit, on how long its neighbours are. The
+    transformer sorts the rows by group on its way in (`row_order`) and back on its way out (`row_places`).
+
+    The caller announces every block with `extend` before it runs the transformer. All that changes from call to call
+    is then a tensor, and one compiled graph serves every patch.
 
     Args:
         num_layers, num_key_value_heads, head_dim: the decoder's sizes.
-        attention_mask (`torch.Tensor` of shape (B, L), bool): False where the first L tokens of a row are padding.
-        capacity (`int`): tokens a row can hold, padding included.
+        attention_mask (`torch.Tensor` of shape (B, L), bool): the text; False at padding, which is on the left.
+        num_image_tokens (`int`): tokens that may follow the text.
         dtype, device: of keys and values.
     """
 
@@ -50,56 +45,66 @@ class StaticKVCache:
         num_key_value_heads: int,
         head_dim: int,
         attention_mask: torch.Tensor,
-        capacity: int,
+        num_image_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        shape = (attention_mask.shape[0], capacity, num_key_value_heads, head_dim)
-        self.layers = []
-        for _ in range(num_layers):
-            keys = torch.zeros(shape, dtype=dtype, device=device)
-            values = torch.zeros(shape, dtype=dtype, device=device)
-            torch._dynamo.maybe_mark_dynamic(keys, 1)
-            torch._dynamo.maybe_mark_dynamic(values, 1)
-            self.layers.append(LayerKVCache(keys, values))
-        self._all_slots = torch.arange(capacity, device=device)
-        self._key_mask = None
-        if not bool(attention_mask.all()):
-            padding_free = attention_mask.new_ones(shape[0], capacity - attention_mask.shape[1])
-            self._key_mask = torch.cat([attention_mask, padding_free], dim=1).to(device)
-        self.num_padding = (~attention_mask).sum(dim=1).to(device)  # (B,)
+        row_lengths = attention_mask.sum(dim=1).tolist()
+        self.row_order = torch.tensor(sorted(range(len(row_lengths)), key=row_lengths.__getitem__), device=device)
+        self.row_places = self.row_order.argsort()
+        self.text_lengths = sorted(set(row_lengths))  # of each group
+        padding = [attention_mask.shape[1] - length for length in sorted(row_lengths)]
+        self._padding = torch.tensor(padding, device=device)[:, None]  # (B, 1)
+        self._all_slots = torch.arange(attention_mask.shape[1] + num_image_tokens, device=device)
         self.length = 0
 
+        def allocate(text_length: int) -> torch.Tensor:
+            shape = (row_lengths.count(text_length), text_length + num_image_tokens, num_key_value_heads, head_dim)
+            tensor = torch.zeros(shape, dtype=dtype, device=device)
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+            return tensor
+
+        self.layers = [
+            LayerKVCache([(allocate(length), allocate(length)) for length in self.text_lengths], self)
+            for _ in range(num_layers)
+        ]
+
     def extend(self, num_tokens: int) -> None:
-        """Make room for the next `num_tokens` tokens: they get the next slots, and see all slots up to their own."""
+        """
+        Make room for the next `num_tokens` tokens of every row; the first call is the whole text, padding included.
+
+        Sets `position_ids` (B, num_tokens), and for each group `write_slots`, where its new tokens go (their number is
+        less than `num_tokens` where the text is padded), and `read_slots`, all that they can see.
+        """
         start, self.length = self.length, self.length + num_tokens
-        self.slots = self._all_slots[start : self.length]  # (S,)
-        self.visible_slots = self._all_slots[: self.length]  # (T,): its length is how much of the cache is read
-        torch._dynamo.maybe_mark_dynamic(self.visible_slots, 0)
-        self.key_mask = None  # (B, T), None where no row is padded
-        if self._key_mask is not None:
-            self.key_mask = self._key_mask[:, : self.length]
-            torch._dynamo.maybe_mark_dynamic(self.key_mask, 1)
+        self.position_ids = (self._all_slots[start : self.length] - self._padding).clamp(min=0)
+        torch._dynamo.maybe_mark_dynamic(self.position_ids, 1)
+        self.write_slots, self.read_slots = [], []
+        for text_length in self.text_lengths:
+            end = text_length + self.length - self._text_end if start else text_length
+            begin = end - num_tokens if start else 0
+            self.write_slots.append(self._all_slots[begin:end])
+            self.read_slots.append(self._all_slots[:end])
+        if not start:
+            self._text_end = num_tokens
+        for slots in (*self.write_slots, *self.read_slots):
+            torch._dynamo.maybe_mark_dynamic(slots, 0)
 
 
 def block_causal_mask(
-    query_slots: torch.Tensor, num_keys: int, num_causal: int, block_size: int, key_mask: torch.Tensor | None
+    num_tokens: int, num_causal: int, block_size: int, key_mask: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
     """
     Attention mask of a sequence of `num_causal` causal tokens followed by full blocks of `block_size`.
 
-    `query_slots` (S,) are the places of the queries in the sequence, the keys are its first `num_keys` tokens. `key_mask`
-    (B, num_keys) is False at padding, which nothing attends to but itself (a row with nothing to attend to would be NaN).
-    Returns bool, (1 or B, 1, S, num_keys), True where attention is allowed.
+    `key_mask` (B, num_tokens) is False at padding, which nothing attends to but itself (a row with nothing to attend
+    to would be NaN). Returns bool, (1 or B, 1, num_tokens, num_tokens), True where attention is allowed.
     """
-    key_slots = torch.arange(num_keys, device=query_slots.device)
-
-    def block(slots: torch.Tensor) -> torch.Tensor:
-        return torch.where(slots < num_causal, slots, num_causal + (slots - num_causal) // block_size)
-
-    mask = (block(query_slots)[:, None] >= block(key_slots)[None, :])[None, None]
+    index = torch.arange(num_tokens, device=device)
+    block = torch.where(index < num_causal, index, num_causal + (index - num_causal) // block_size)
+    mask = (block[:, None] >= block[None, :])[None, None]
     if key_mask is not None:
-        mask = (mask & key_mask[:, None, None, :]) | (query_slots[:, None] == key_slots[None, :])
+        mask = (mask & key_mask[:, None, None, :]) | (index[:, None] == index[None, :])
     return mask
 
 
@@ -129,8 +134,7 @@ class BlockCausalAttnProcessor:
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         kv_cache: LayerKVCache | None = None,
-        slots: torch.Tensor | None = None,
-        num_visible: int | None = None,
+        block_size: int | None = None,
     ) -> torch.Tensor:
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, S, H, d)
         key = attn.to_k(hidden_states).unflatten(-1, (attn.kv_heads, -1))  # (B, S, K, d)
@@ -141,23 +145,75 @@ class BlockCausalAttnProcessor:
             key = attn.norm_k(key)
         query = apply_rotary(query, rotary)
         key = apply_rotary(key, rotary)
-        if kv_cache is not None:
-            key, value = kv_cache.update(key, value, slots, num_visible)  # (B, T, K, d)
 
+        if kv_cache is None:
+            hidden_states = self.attend(attn, query, key, value, attention_mask=attention_mask)
+        else:
+            hidden_states = self.attend_cached(attn, query, key, value, kv_cache, block_size)
+        return attn.to_out[0](hidden_states.flatten(2, 3))
+
+    def attend(
+        self,
+        attn: "BlockCausalAttention",
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
         # Grouped heads are repeated: a mask together with enable_gqa takes the slow path, and most backends refuse it.
         groups = attn.heads // attn.kv_heads
         if groups > 1:
             key = key.repeat_interleave(groups, dim=2)
             value = value.repeat_interleave(groups, dim=2)
-        hidden_states = dispatch_attention_fn(
+        return dispatch_attention_fn(
             query,
             key,
             value,
             attn_mask=attention_mask,
+            is_causal=is_causal,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        return attn.to_out[0](hidden_states.flatten(2, 3))
+
+    def attend_cached(
+        self,
+        attn: "BlockCausalAttention",
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: LayerKVCache,
+        block_size: int,
+    ) -> torch.Tensor:
+        """Group by group, without a mask: the last `block_size` tokens see everything, text before them is causal."""
+        num_tokens = query.shape[1]
+        outputs = []
+        first_row = 0
+        slots = zip(kv_cache.cache.write_slots, kv_cache.cache.read_slots, strict=True)
+        for (keys, values), (write_slots, read_slots) in zip(kv_cache.groups, slots, strict=True):
+            rows = slice(first_row, first_row + keys.shape[0])
+            num_new, num_visible = write_slots.shape[0], read_slots.shape[0]
+            padding = num_tokens - num_new  # on the left
+            keys.index_copy_(1, write_slots, key[rows, padding:])
+            values.index_copy_(1, write_slots, value[rows, padding:])
+            new_query = query[rows, padding:]
+            visible_keys, visible_values = keys[:, :num_visible], values[:, :num_visible]
+            num_causal = num_new - block_size
+            output = self.attend(attn, new_query[:, num_causal:], visible_keys, visible_values)
+            if num_causal > 0:
+                text = self.attend(
+                    attn,
+                    new_query[:, :num_causal],
+                    visible_keys[:, :num_causal],
+                    visible_values[:, :num_causal],
+                    is_causal=True,
+                )
+                output = torch.cat(
+                    [output.new_zeros(output.shape[0], padding, *output.shape[2:]), text, output], dim=1
+                )
+            outputs.append(output)
+            first_row += keys.shape[0]
+        return torch.cat(outputs)
 
 
 class BlockCausalAttention(nn.Module, AttentionModuleMixin):
@@ -198,7 +254,7 @@ class SwiGLU(nn.Module):
 
 
 class BlockCausalDecoderLayer(nn.Module):
-    """Pre-norm decoder layer: RMSNorm, attention, RMSNorm, SwiGLU, each half added to the residual stream (B, S, D)."""
+    """Pre-norm decoder layer: RMSNorm, attention, RMSNorm, SwiGLU; each half is added to the stream (B, S, D)."""
 
     def __init__(self, dim: int, heads: int, kv_heads: int, dim_head: int, hidden_dim: int, qk_norm: bool, eps: float):
         super().__init__()
@@ -213,15 +269,13 @@ class BlockCausalDecoderLayer(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         kv_cache: LayerKVCache | None = None,
-        slots: torch.Tensor | None = None,
-        num_visible: int | None = None,
+        block_size: int | None = None,
     ) -> torch.Tensor:
         hidden_states = hidden_states + self.attn(
             self.norm1(hidden_states),
             rotary=rotary,
             attention_mask=attention_mask,
             kv_cache=kv_cache,
-            slots=slots,
-            num_visible=num_visible,
+            block_size=block_size,
         )
         return hidden_states + self.ff(self.norm2(hidden_states))

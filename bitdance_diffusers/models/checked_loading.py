@@ -1,4 +1,4 @@
-"""Loading that refuses what Diffusers lets through: a missing tensor, an unknown one, a wrong shape, an unknown field."""
+"""Loading that refuses what Diffusers lets through: missing or unknown tensors, wrong shapes, unknown fields."""
 
 import inspect
 import os

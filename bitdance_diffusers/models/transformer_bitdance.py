@@ -1,7 +1,7 @@
 """BitDanceTransformer: prompt and code so far -> the condition of the next patch -> its clean bits.
 
-Shapes: B rows, L text tokens (prompt frame, size tokens and P - 1 query tokens), M patches in the picture, K patches fed
-back, P = p * p tokens a patch, C bits a token, D width, G width of the head.
+Shapes: B rows, L text tokens (prompt frame, size tokens and P - 1 query tokens), M patches in the picture, K patches
+fed back, P = p * p tokens a patch, C bits a token, D width, G width of the head.
 """
 
 from dataclasses import dataclass
@@ -58,8 +58,8 @@ def sincos_2d(positions: torch.Tensor, dim: int) -> torch.Tensor:
 
 class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """
-    The text-to-image transformer of BitDance (arXiv 2602.14041): a decoder-only language model (Qwen3's architecture), a
-    projector that feeds finished patches back, and the binary diffusion head.
+    The text-to-image transformer of BitDance (arXiv 2602.14041): a decoder-only language model (Qwen3's
+    architecture), a projector that feeds finished patches back, and the binary diffusion head.
 
     Args:
         vocab_size (`int`): text, size and query tokens.
@@ -166,7 +166,7 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
             self.config.num_key_value_heads,
             self.config.attention_head_dim,
             attention_mask,
-            attention_mask.shape[1] + num_patches * self.config.patch_size**2,
+            num_patches * self.config.patch_size**2,
             dtype,
             device,
         )
@@ -194,9 +194,8 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         | given | computed |
         |---|---|
         | `input_ids` alone | `inputs_embeds` |
-        | text and/or `code`, with `condition_positions` | `condition`, `condition_embeds`; `timestep_embeds` of a `timestep` |
+        | text, `code` or both; `condition_positions` | `condition`, its `condition_embeds`, `timestep_embeds` |
         | the same with `noisy_code` and `timestep` (training) | `sample` as well |
-        | `inputs_embeds` and `kv_cache` alone | the cache is filled with a part of a long text |
         | `noisy_code`, `timestep_embeds`, `condition_embeds` (sampling) | `sample` |
 
         Args:
@@ -232,23 +231,20 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         hidden_states = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, S, D)
         num_tokens = hidden_states.shape[1]
 
-        # 2. Who sees whom, and where each token stands.
+        # 2. Who sees whom, and where each token stands. Rows of one length stand together in the cache.
+        mask = None
         if kv_cache is not None:
-            key_mask, slots, num_visible = kv_cache.key_mask, kv_cache.slots, kv_cache.visible_slots.shape[0]
-            position_ids = (slots - kv_cache.num_padding[:, None]).clamp(min=0)  # (B, S)
+            hidden_states = hidden_states[kv_cache.row_order]
+            position_ids = kv_cache.position_ids  # (B, S)
         else:
-            key_mask, slots, num_visible = None, torch.arange(num_tokens, device=hidden_states.device), num_tokens
-            position_ids = slots[None]
+            key_mask = None
+            position_ids = torch.arange(num_tokens, device=hidden_states.device)[None]
             if attention_mask is not None:
                 key_mask = nn.functional.pad(attention_mask, (0, num_tokens - num_text), value=True)
-                position_ids = (slots - (~attention_mask).sum(dim=1, keepdim=True)).clamp(min=0)
-        if num_text > 0:
-            num_causal = num_visible - num_tokens + num_text  # of the whole sequence
-            if condition_positions is not None:  # the text ends with the first block
-                num_causal = num_causal - patch_tokens
-            mask = block_causal_mask(slots, num_visible, num_causal, patch_tokens, key_mask)
-        else:  # one block, which sees all that came before
-            mask = None if key_mask is None else key_mask[:, None, None, :]
+                position_ids = (position_ids - (~attention_mask).sum(dim=1, keepdim=True)).clamp(min=0)
+            mask = block_causal_mask(
+                num_tokens, num_text - patch_tokens, patch_tokens, key_mask, device=hidden_states.device
+            )
         cos, sin = rotary_1d(position_ids, self.config.attention_head_dim, self.config.rope_theta)
         rotary = (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
 
@@ -257,12 +253,12 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
             layer_cache = None if kv_cache is None else kv_cache.layers[i]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
-                    layer, hidden_states, rotary, mask, layer_cache, slots, num_visible
+                    layer, hidden_states, rotary, mask, layer_cache, patch_tokens
                 )
             else:
-                hidden_states = layer(hidden_states, rotary, mask, layer_cache, slots, num_visible)
-        if condition_positions is None:
-            return BitDanceTransformerOutput() if return_dict else ()
+                hidden_states = layer(hidden_states, rotary, mask, layer_cache, patch_tokens)
+        if kv_cache is not None:
+            hidden_states = hidden_states[kv_cache.row_places]
         hidden_states = self.norm_out(hidden_states)
         text_logits = None
         if self.lm_head is not None and kv_cache is None:

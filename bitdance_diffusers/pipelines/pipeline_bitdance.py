@@ -24,14 +24,13 @@ from .pipeline_output import BitDancePipelineOutput
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# Text tokens that one forward of the prefill takes: memory does not grow with the square of a long prompt.
-PREFILL_TOKENS = 2048
 
 
 class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
     """
     Text-to-image generation with BitDance (arXiv 2602.14041): a transformer reads the prompt and the picture so far, a
-    binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a picture.
+    binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a
+    picture.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the text tokenizer, with BitDance's size and query tokens.
@@ -41,8 +40,8 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         default_height, default_width (`int`): pixels, where a call names no size.
         default_num_inference_steps (`int`): steps per patch, where a call names none.
         default_guidance_scale (`float`): guidance, where a call names none.
-        supported_sizes (list of `[height, width]`, *optional*): the sizes in pixels that the checkpoint was trained on.
-            Another size is drawn with a warning.
+        supported_sizes (list of `[height, width]`, *optional*): the sizes in pixels that the checkpoint was trained
+            on. Another size is drawn with a warning.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -147,13 +146,13 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             if mask is not None:
                 if embeds is None or mask.shape != embeds.shape[:2]:
                     raise ValueError(
-                        f"`{side}prompt_embeds_mask` has shape {tuple(mask.shape)}; it has to be the first two sizes of "
-                        f"`{side}prompt_embeds`, {None if embeds is None else tuple(embeds.shape[:2])}."
+                        f"`{side}prompt_embeds_mask` has shape {tuple(mask.shape)}; it has to be the first two sizes "
+                        f"of `{side}prompt_embeds`, {None if embeds is None else tuple(embeds.shape[:2])}."
                     )
                 if not bool(mask.bool()[:, -1].all()) or bool((mask.bool().int().diff(dim=1) < 0).any()):
                     raise ValueError(
-                        f"`{side}prompt_embeds_mask` is {mask.int().tolist()}; padding (0) has to stand on the left, and "
-                        "every row needs a real token (1)."
+                        f"`{side}prompt_embeds_mask` is {mask.int().tolist()}; padding (0) has to stand on the left, "
+                        "and every row needs a real token (1)."
                     )
         if prompt is None and prompt_embeds is None:
             raise ValueError("`prompt` and `prompt_embeds` are both None; give one of them.")
@@ -165,8 +164,8 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             batch_size = prompt_embeds.shape[0]
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
             raise ValueError(
-                f"`negative_prompt` holds {len(negative_prompt)} texts for {batch_size} prompts; give one string, or one "
-                "for each prompt."
+                f"`negative_prompt` holds {len(negative_prompt)} texts for {batch_size} prompts; give one string, "
+                "or one for each prompt."
             )
         if negative_prompt_embeds is not None and negative_prompt_embeds.shape[0] != batch_size:
             raise ValueError(
@@ -181,8 +180,8 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             raise TypeError(f"`generator` holds {others[0]!r}; it has to be a torch.Generator or a list of them.")
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(
-                f"`generator` is a list of {len(generator)}; it has to hold one generator for each of the {num_images} "
-                "images."
+                f"`generator` is a list of {len(generator)}; it has to hold one generator for each of the "
+                f"{num_images} images."
             )
 
         if latents is not None:
@@ -197,7 +196,7 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             wrong = latents[(latents != 0) & (latents.abs() != 1)]
             if wrong.numel():
                 raise ValueError(
-                    f"`latents` holds {wrong.flatten()[0].item()}; allowed are -1 and +1, and 0 where nothing is decoded."
+                    f"`latents` holds {wrong.flatten()[0].item()}; allowed are -1, +1, and 0 for undecoded."
                 )
             decoded = grid_to_patches(latents != 0, patch_size).permute(1, 0, 2, 3).flatten(1)  # (M, B * P * C)
             if bool((decoded.any(dim=1) != decoded.all(dim=1)).any()):
@@ -206,8 +205,8 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                 )
             if bool((decoded[:, 0].int().diff() > 0).any()):
                 raise ValueError(
-                    "`latents` holds an undecoded patch before a decoded one; the decoded ones have to be the first in "
-                    "generation order."
+                    "`latents` holds an undecoded patch before a decoded one; the decoded ones have to be the first "
+                    "in generation order."
                 )
 
     def encode_prompt(
@@ -230,8 +229,9 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         that are given are only repeated.
 
         Returns:
-            `prompt_embeds` (B, L, D) padded on the left, `prompt_embeds_mask` (B, L) bool, and the negative two, which are
-            None without guidance; B is prompts x `num_images_per_prompt`, the images of a prompt side by side.
+            `prompt_embeds` (B, L, D) padded on the left, `prompt_embeds_mask` (B, L) bool, and the negative two,
+            which are None without guidance; B is prompts x `num_images_per_prompt`, the images of a prompt side by
+            side.
 
         Raises:
             ValueError: a text is not valid Unicode, or longer than `max_sequence_length` tokens in its frame.
@@ -356,16 +356,18 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                 them are plain text.
             negative_prompt (`str` or `list[str]`, *optional*): what guidance leads away from; one for all, or one for
                 each prompt. None or empty is the original's unconditional frame.
-            height, width (`int`, *optional*): pixels; multiples of `vae_scale_factor` x the transformer's `patch_size`, at
-                most 256 tokens a side. The pipeline's `default_height` and `default_width` where None.
-            num_inference_steps (`int`, *optional*): diffusion steps per patch; the head is evaluated once more than that.
-            guidance_scale (`float`, *optional*): classifier-free guidance; at most 1 runs the conditional rows only. Read
-                anew at every patch, so that a callback may change `pipe._guidance_scale`.
+            height, width (`int`, *optional*): pixels; multiples of `vae_scale_factor` x the transformer's
+                `patch_size`, at most 256 tokens a side. The pipeline's `default_height` and `default_width` where
+                None.
+            num_inference_steps (`int`, *optional*): diffusion steps per patch; the head is evaluated once more than
+                that.
+            guidance_scale (`float`, *optional*): classifier-free guidance; at most 1 runs the conditional rows only.
+                Read anew at every patch, so that a callback may change `pipe._guidance_scale`.
             num_images_per_prompt (`int`): pictures of each prompt.
             generator (`torch.Generator` or a list, *optional*): one generator reproduces the original's draws for the
                 batch as a whole; a list, one for each picture, makes each independent of its neighbours in the batch.
-            latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere. The
-                decoded patches, the first in generation order, are kept.
+            latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere.
+                The decoded patches, the first in generation order, are kept.
             prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask (`torch.Tensor`,
                 *optional*): what [`~.encode_prompt`] returns, in place of texts.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
@@ -470,14 +472,9 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
 
         # 5. Read the text: the last block of it predicts the first patch
         kv_cache = self.transformer.allocate_kv_cache(text_mask, num_patches - 1, text_embeds.dtype, device)
-        parts = text_embeds[:, : -(patch_size**2)].split(PREFILL_TOKENS, dim=1)
-        for part in parts[:-1]:
-            kv_cache.extend(part.shape[1])
-            self.transformer(inputs_embeds=part, kv_cache=kv_cache, attention_kwargs=attention_kwargs)
-        last_part = torch.cat([parts[-1], text_embeds[:, -(patch_size**2) :]], dim=1)
-        kv_cache.extend(last_part.shape[1])
+        kv_cache.extend(text_embeds.shape[1])
         output = self.transformer(
-            inputs_embeds=last_part,
+            inputs_embeds=text_embeds,
             condition_positions=positions[:1],
             timestep=self.scheduler.timesteps,
             kv_cache=kv_cache,

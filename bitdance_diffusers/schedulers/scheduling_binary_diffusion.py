@@ -32,7 +32,7 @@ class BinaryDiffusionSchedulerOutput(BaseOutput):
 
 
 def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
-    """`(1/a) / (1/a + (1/t - 1))` in float32 and in this order, also for a = 1: the sampler amplifies the last bits."""
+    """`(1/a) / (1/a + (1/t - 1))` in float32, in this order, also for a = 1: the sampler amplifies last bits."""
     return (1 / shift) / (1 / shift + (1 / timesteps - 1))
 
 
@@ -63,9 +63,9 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         shift (`float`, defaults to 1.0): the time shift a > 0; above 1 more steps go to the noisy end.
         timestep_sampling (`str`, defaults to `"logit_normal"`): training times, `"logit_normal"` or `"uniform"`.
         logit_mean, logit_std (`float`, default -0.8 and 0.8): of the normal variable under the sigmoid.
-        solver_type (`str`, defaults to `"euler_maruyama"`): `"euler_maruyama"` is the original's. `"exponential"` steps
-            exactly while the prediction is held fixed, `"exponential_2m"` adds a second-order multistep correction in the
-            log signal-to-noise ratio.
+        solver_type (`str`, defaults to `"euler_maruyama"`): `"euler_maruyama"` is the original's. `"exponential"`
+            steps exactly while the prediction is held fixed, `"exponential_2m"` adds a second-order multistep
+            correction in the log signal-to-noise ratio.
     """
 
     order = 1

@@ -144,7 +144,8 @@ def text_to_image_loss(
         draws: the step's random numbers; drawn in this order: flips, times, noise.
         bit_flip_probability (`float`): most that a fed-back bit is flipped with.
         diff_batch_mul (`int`): draws of noise per patch.
-        text_loss_weight (`float`): above 0 the transformer needs its `lm_head` (`use_lm_head`). The original's is 0.01.
+        text_loss_weight (`float`): above 0 the transformer needs its `lm_head` (`use_lm_head`). The original's is
+            0.01.
     """
     patches = grid_to_patches(code, patch_size)  # (B, M, P, C)
     positions = patch_positions(*code.shape[-2:], patch_size, device=code.device)
