@@ -1,0 +1,251 @@
+"""Score a model.
+
+    python examples/evaluate.py icons --model examples/pretrained/icons-64     # pictures of held-out prompts
+    python examples/evaluate.py icons-tokenizer --vae runs/icons-vae           # reconstructions of drawn pictures
+
+Both draw or decode pictures of the icon world (`icons.py`) and print the share that its checker finds right, with 95 %
+intervals, for each of the six categories and on average over them.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from generate import DTYPES, add_model_arguments, find_device, load_pipeline, make_grid, save_image
+from icons import CATEGORIES, IconWorld
+from PIL import Image
+from tqdm import tqdm
+
+from bitdance_diffusers import BitDanceTokenizer
+
+Z_95 = 1.959964  # the normal distribution's quantile for 95 % intervals
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A picture that was rated: `reason` says why it is wrong, and is empty where it is right."""
+
+    category: str
+    prompt: str
+    seed: int
+    image: Image.Image
+    reason: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share in [0, 1] with the ends of its 95 % interval, and how many pictures it was measured on."""
+
+    value: float
+    low: float
+    high: float
+    num_pictures: int
+
+
+def wilson_score(num_right: int, num_pictures: int) -> Score:
+    """A share with its Wilson interval (Wilson, 1927), which holds near 0 and 1 and for few pictures too."""
+    share = num_right / num_pictures
+    denominator = 1 + Z_95**2 / num_pictures
+    center = (share + Z_95**2 / (2 * num_pictures)) / denominator
+    half = Z_95 / denominator * math.sqrt(share * (1 - share) / num_pictures + Z_95**2 / (4 * num_pictures**2))
+    return Score(share, max(0.0, center - half), min(1.0, center + half), num_pictures)
+
+
+def mean_score(scores: list[Score]) -> Score:
+    """The mean of independent shares; its interval is put together from theirs (Zou and Donner, 2008, "MOVER")."""
+    value = sum(score.value for score in scores) / len(scores)
+    below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / len(scores)
+    above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / len(scores)
+    return Score(value, value - below, value + above, sum(score.num_pictures for score in scores))
+
+
+def sample_held_out(world: IconWorld, pictures_per_category: int, seed: int) -> list[str]:
+    """The prompts to score: so many held-out ones of each category, or where there are fewer all of them, each so
+    often as it takes to get there.
+
+    Raises:
+        ValueError: if `pictures_per_category` is under 1.
+    """
+    if pictures_per_category < 1:
+        raise ValueError(f"`pictures_per_category` has to be at least 1, but is {pictures_per_category}.")
+    rng = np.random.default_rng(seed)
+    sampled = []
+    for category in CATEGORIES:
+        texts = [prompt.text for prompt in world.held_out_prompts[category]]
+        if pictures_per_category <= len(texts):
+            sampled += [texts[index] for index in rng.choice(len(texts), pictures_per_category, replace=False)]
+        else:
+            sampled += texts * math.ceil(pictures_per_category / len(texts))
+    return sampled
+
+
+def rate_pictures(
+    world: IconWorld,
+    prompts: list[str],
+    draw: Callable[[list[str], list[int]], list[Image.Image]],
+    seed: int,
+    batch_size: int,
+) -> list[Rated]:
+    """Let `draw` make a picture of each prompt, given so many prompts and seeds at once, and check them.
+
+    Picture k has the seed `seed` + k, so that the batch size changes nothing.
+    """
+    rated = []
+    with tqdm(total=len(prompts), unit="picture") as progress:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            seeds = [seed + start + index for index in range(len(batch))]
+            for prompt, picture_seed, image in zip(batch, seeds, draw(batch, seeds), strict=True):
+                category = world.parse(prompt).category
+                rated.append(Rated(category, prompt, picture_seed, image, world.judge(image, prompt).reason))
+            progress.update(len(batch))
+            progress.set_postfix(right=sum(not one.reason for one in rated) / len(rated))
+    return rated
+
+
+def score_categories(rated: list[Rated]) -> dict[str, Score]:
+    """The score of each category, and the mean over the categories under "mean"."""
+    scores = {}
+    for category in CATEGORIES:
+        reasons = [one.reason for one in rated if one.category == category]
+        scores[category] = wilson_score(reasons.count(""), len(reasons))
+    return scores | {"mean": mean_score(list(scores.values()))}
+
+
+def report(rated: list[Rated], settings: dict, args: argparse.Namespace) -> None:
+    """Print the table, and write what `--json` and `--grid` ask for."""
+    scores = score_categories(rated)
+    print(f"{'category':<14}{'right':>7}  {'95 % interval':<15}{'pictures':>9}")
+    for name, score in scores.items():
+        print(f"{name:<14}{score.value:>7.3f}  {score.low:.3f} - {score.high:.3f}  {score.num_pictures:>9}")
+    if args.json:
+        result = {
+            "settings": settings,
+            "scores": {name: vars(score) for name, score in scores.items()},
+            "pictures": [{"prompt": one.prompt, "seed": one.seed, "reason": one.reason} for one in rated],
+        }
+        partial = args.json.with_name(f".partial-{os.getpid()}-{args.json.name}")
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        partial.replace(args.json)
+        print(args.json)
+    if args.grid:
+        captions = [f"WRONG, {one.reason}: {one.prompt}" if one.reason else one.prompt for one in rated]
+        save_image(make_grid([one.image for one in rated], captions), args.grid)
+        print(args.grid)
+
+
+def evaluate_icons(args: argparse.Namespace) -> None:
+    """Score a text-to-image pipeline on held-out prompts.
+
+    Raises:
+        ValueError: for a model that does not load, or settings that it refuses.
+    """
+    world = IconWorld()
+    prompts = sample_held_out(world, args.pictures_per_category, args.seed)
+    pipe = load_pipeline(args.model, args.dtype, args.device)
+    pipe.set_progress_bar_config(disable=True)
+    steps, guidance = args.num_inference_steps, args.guidance_scale
+    settings = {
+        "model": args.model,
+        "num_inference_steps": pipe.config.default_num_inference_steps if steps is None else steps,
+        "guidance_scale": pipe.config.default_guidance_scale if guidance is None else guidance,
+        "dtype": str(pipe.dtype),
+        "device": str(pipe.device),
+        "seed": args.seed,
+    }
+
+    def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        return pipe(
+            prompt=prompts,
+            height=world.canvas,
+            width=world.canvas,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pil",
+        ).images
+
+    report(rate_pictures(world, prompts, draw, args.seed, args.batch_size), settings, args)
+
+
+def evaluate_icons_tokenizer(args: argparse.Namespace) -> None:
+    """Score what a `BitDanceTokenizer` makes of drawn pictures when it encodes and decodes them.
+
+    Raises:
+        ValueError: for a tokenizer that does not load, or a stride that does not divide the pictures.
+    """
+    world = IconWorld()
+    prompts = sample_held_out(world, args.pictures_per_category, args.seed)
+    device = find_device(args.device)
+    folder = args.vae / "vae" if (args.vae / "model_index.json").is_file() else args.vae
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"`vae` has to be the folder of a BitDanceTokenizer or a pipeline, but is {args.vae}.")
+    vae = BitDanceTokenizer.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(device)
+    processor = VaeImageProcessor(vae_scale_factor=vae.spatial_compression_ratio, do_resize=False)
+    squared_errors = []
+
+    @torch.no_grad()
+    def reconstruct(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        drawn = [world.draw(*pair) for pair in zip(prompts, map(np.random.default_rng, seeds), strict=True)]
+        code = vae.encode(processor.preprocess(drawn).to(device, vae.dtype)).code
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]  # of a stochastic decoder
+        images = processor.postprocess(vae.decode(code, generator=generator).sample.float())
+        for before, after in zip(drawn, images, strict=True):
+            squared_errors.append(np.mean((np.asarray(before, np.float32) - np.asarray(after, np.float32)) ** 2))
+        return images
+
+    rated = rate_pictures(world, prompts, reconstruct, args.seed, args.batch_size)
+    psnr = float(np.mean(20 * math.log10(255) - 10 * np.log10(squared_errors)))
+    print(f"PSNR {psnr:.2f} dB, the mean over {len(rated)} pictures")
+    report(rated, {"vae": str(args.vae), "dtype": args.dtype, "seed": args.seed, "psnr": psnr}, args)
+
+
+def add_report_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    parser.add_argument(
+        "--pictures_per_category", type=int, default=100, help="or a few more, so that all count alike"
+    )
+    parser.add_argument("--batch_size", type=int, default=batch_size)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts and of the first picture")
+    parser.add_argument("--json", type=Path, help="a file for the scores and every picture's prompt, seed and fault")
+    parser.add_argument("--grid", type=Path, help="a file for a sheet of all the pictures")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Score a model.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("icons", help="score a text-to-image pipeline of the icon world")
+    command.set_defaults(evaluate=evaluate_icons)
+    add_model_arguments(command)
+    command.add_argument("--num_inference_steps", type=int, help="the model's own default where it is not given")
+    command.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
+    add_report_arguments(command, batch_size=32)
+
+    command = commands.add_parser("icons-tokenizer", help="score the reconstructions of a BitDanceTokenizer")
+    command.set_defaults(evaluate=evaluate_icons_tokenizer)
+    command.add_argument("--vae", type=Path, required=True, help="the folder of a BitDanceTokenizer or of a pipeline")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the first accelerator where there is one")
+    add_report_arguments(command, batch_size=64)
+
+    args = parser.parse_args(arguments)
+    try:
+        if args.batch_size < 1:
+            raise ValueError(f"`batch_size` has to be at least 1, but is {args.batch_size}.")
+        for name in ("json", "grid"):
+            if (path := getattr(args, name)) is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"`{name}` is {path}, but there is no folder {path.parent}.")
+        args.evaluate(args)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
