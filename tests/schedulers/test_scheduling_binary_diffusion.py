@@ -1,0 +1,170 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from bitdance_diffusers import BinaryDiffusionScheduler
+from bitdance_diffusers.sampling import denoise_patch, draw_patch_noise
+
+
+def original_sampler(posterior, start, noises, shift):
+    """The original's loop, written out as the paper has it: velocity, score, drift, step."""
+    n = len(noises)
+    t = torch.linspace(0, 0.95, n + 1)
+    t = (1 / shift) / (1 / shift + (1 / t - 1))
+    x = start
+    for i in range(n):
+        velocity = (posterior(x, t[i]) - x) / max(1 - t[i], 0.05)
+        score = (t[i] * velocity - x) / (1 - t[i])
+        step = t[i + 1] - t[i]
+        x = x + (velocity + (1 - t[i]) * score) * step + torch.sqrt(2 * (1 - t[i]) * step) * noises[i]
+    return x + (posterior(x, torch.tensor(0.95)) - x) / 0.05 * 0.05
+
+
+def smooth(x, t):
+    return torch.tanh(x * (1 + t) + 0.3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_euler_maruyama_is_the_original_sampler(shift, steps):
+    scheduler = BinaryDiffusionScheduler(shift=shift)
+    generator = torch.Generator().manual_seed(0)
+    noise = draw_patch_noise(steps, (2, 4, 8), generator, torch.device("cpu"))
+    expected = original_sampler(smooth, noise[0], noise[1:], shift)
+
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps[:, None]
+    result = denoise_patch(lambda x, t: smooth(x, t), noise, times, scheduler.step_coefficients, None)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+
+    sample = noise[0]
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(2, 4, 8, generator=generator)  # the start
+    for t in scheduler.timesteps:
+        sample = scheduler.step(smooth(sample, t), t, sample, generator=generator).prev_sample
+    torch.testing.assert_close(sample, expected, atol=1e-4, rtol=0)
+
+
+def test_timesteps():
+    scheduler = BinaryDiffusionScheduler(shift=2.0)
+    scheduler.set_timesteps(10)
+    assert len(scheduler.timesteps) == 11 and scheduler.timesteps.dtype == torch.float32
+    assert scheduler.timesteps[0] == 0 and scheduler.timesteps[-1] == torch.tensor(0.95)
+    assert (scheduler.timesteps.diff() > 0).all()
+
+
+def test_exponential_steps_compose():
+    """With the prediction held fixed, two exponential steps have the law of one."""
+    target = 0.7
+    laws = []
+    for steps in (1, 2, 7):
+        scheduler = BinaryDiffusionScheduler(solver_type="exponential")
+        scheduler.set_timesteps(steps)
+        mean, variance = 0.4, 0.0
+        for keep, toward, _, spread in scheduler.step_coefficients.double().tolist():
+            mean, variance = keep * mean + toward * target, keep**2 * variance + spread**2
+        laws.append((mean, variance))
+    assert laws[1] == pytest.approx(laws[0], abs=1e-6) and laws[2] == pytest.approx(laws[0], abs=1e-6)
+
+
+class IsingLike:
+    """A distribution over codes of a few bits, whose posterior given noisy bits is computed by enumeration."""
+
+    def __init__(self, bits, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.codes = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=bits)))  # (2^bits, bits)
+        couplings = torch.randn(bits, bits, generator=generator) / math.sqrt(bits)
+        fields = 0.3 * torch.randn(bits, generator=generator)
+        energy = torch.einsum("ki,ij,kj->k", self.codes, couplings, self.codes) + self.codes @ fields
+        self.log_probability = torch.log_softmax(energy, dim=0)
+
+    def posterior_mean(self, noisy, t):
+        """E[x | z_t], (N, bits): z_t = t x + (1 - t) noise."""
+        # All codes have one length, so that of |z - t x|^2 only the product matters.
+        agreement = noisy @ self.codes.T * (t / (1 - t) ** 2)
+        return torch.softmax(self.log_probability + agreement, dim=1) @ self.codes
+
+    def total_variation(self, samples):
+        index = ((samples > 0).long() * 2 ** torch.arange(samples.shape[1] - 1, -1, -1)).sum(1)
+        frequency = torch.bincount(index, minlength=len(self.codes)) / len(samples)
+        return 0.5 * float((frequency - self.log_probability.exp()).abs().sum())
+
+
+def sample(law, solver, steps, count=20_000):
+    scheduler = BinaryDiffusionScheduler(solver_type=solver)
+    scheduler.set_timesteps(steps)
+    bits = law.codes.shape[1]
+    noise = draw_patch_noise(steps, (count, 1, bits), torch.Generator().manual_seed(1), torch.device("cpu"))
+    times = scheduler.timesteps
+
+    def predict(noisy, t):
+        return law.posterior_mean(noisy[:, 0], t)[:, None]
+
+    return denoise_patch(predict, noise, times, scheduler.step_coefficients, None)[:, 0]
+
+
+@pytest.mark.parametrize("bits, seed", [(8, 0), (8, 1), (9, 2)])
+def test_twelve_second_order_evaluations_match_fifty_of_euler_maruyama(bits, seed):
+    law = IsingLike(bits, seed)
+    euler = law.total_variation(sample(law, "euler_maruyama", 49))
+    second = law.total_variation(sample(law, "exponential_2m", 11))
+    assert second < euler + 0.01
+    assert law.total_variation(sample(law, "euler_maruyama", 11)) > second + 0.02  # the test can tell
+
+
+def test_add_noise_interpolates_from_noise_to_data():
+    scheduler = BinaryDiffusionScheduler()
+    code, noise = torch.ones(2, 3, 4, 5), torch.zeros(2, 3, 4, 5)
+    t = torch.tensor([[0.0, 0.25, 1.0]] * 2)
+    assert torch.equal(scheduler.add_noise(code, noise, t)[1, :, 0, 0], t[1])
+    assert torch.equal(scheduler.add_noise(noise, code, t)[1, :, 0, 0], 1 - t[1])
+
+
+def test_training_timesteps_follow_the_config():
+    draws = BinaryDiffusionScheduler().sample_training_timesteps((20_000,), torch.Generator().manual_seed(0))
+    logits = torch.log(draws / (1 - draws))
+    assert abs(float(logits.mean()) + 0.8) < 0.02 and abs(float(logits.std()) - 0.8) < 0.02
+    uniform = BinaryDiffusionScheduler(timestep_sampling="uniform", shift=3.0)
+    draws = uniform.sample_training_timesteps((20_000,), torch.Generator().manual_seed(0))
+    assert abs(float(draws.median()) - 0.25) < 0.02  # one half, shifted toward the noise
+
+
+def test_loss_weight_is_that_of_velocities():
+    weight = BinaryDiffusionScheduler().loss_weight(torch.tensor([0.0, 0.5, 0.99]))
+    torch.testing.assert_close(weight, torch.tensor([1.0, 4.0, 400.0]))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"shift": 0.0}, "`shift` is 0.0"),
+        ({"solver_type": "heun"}, "`solver_type` is 'heun'; allowed are 'euler_maruyama'"),
+        ({"timestep_sampling": "normal"}, "`timestep_sampling` is 'normal'"),
+    ],
+)
+def test_bad_config(config, message):
+    with pytest.raises(ValueError, match=message):
+        BinaryDiffusionScheduler(**config)
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5])
+def test_bad_steps(steps):
+    with pytest.raises(ValueError, match="`num_inference_steps` is"):
+        BinaryDiffusionScheduler().set_timesteps(steps)
+
+
+def test_step_refuses_a_foreign_timestep():
+    scheduler = BinaryDiffusionScheduler()
+    with pytest.raises(ValueError, match="`set_timesteps` has to be called"):
+        scheduler.step(torch.zeros(1), 0.1, torch.zeros(1))
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="`timestep` is 0.1"):
+        scheduler.step(torch.zeros(1), 0.1, torch.zeros(1))
+
+
+def test_config_round_trip(tmp_path):
+    BinaryDiffusionScheduler(shift=2.0, solver_type="exponential_2m").save_pretrained(tmp_path)
+    loaded = BinaryDiffusionScheduler.from_pretrained(tmp_path)
+    assert loaded.config.shift == 2.0 and loaded.config.solver_type == "exponential_2m"

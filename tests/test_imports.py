@@ -1,0 +1,69 @@
+"""Who may import whom: data flows one way (docs/architecture.md)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import bitdance_diffusers
+
+PACKAGE = Path(bitdance_diffusers.__file__).parent
+
+# What a part of the package may import from the rest of it.
+ALLOWED = {
+    "patch_order": set(),
+    "prompt": set(),
+    "image_sizes": {"prompt"},
+    "sampling": {"schedulers"},
+    "schedulers": set(),
+    "models": {"models", "patch_order", "prompt", "image_sizes"},
+    "loaders": set(),
+    "training": {"training", "models", "schedulers", "patch_order", "prompt", "image_sizes"},
+    "pipelines": {
+        "pipelines",
+        "models",
+        "schedulers",
+        "loaders",
+        "sampling",
+        "patch_order",
+        "prompt",
+        "image_sizes",
+    },
+}
+
+
+def imported_modules(path):
+    """Absolute names of all modules that a file of the package imports."""
+    parts = ("bitdance_diffusers", *path.relative_to(PACKAGE).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parts[: -node.level]) + "." if node.level else ""
+            yield base + (node.module or "")
+
+
+def test_the_arrows_hold():
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for name in imported_modules(path):
+            top, *rest = name.split(".")
+            assert top not in ("examples", "conversion", "benchmarks", "tests"), f"{path} imports {name}"
+            if top == "bitdance_diffusers" and part != "__init__" and rest:
+                assert rest[0] in ALLOWED[part], f"{path} imports {name}"
+
+
+def test_import_needs_no_optional_package():
+    blocked = ["peft", "datasets", "sentencepiece", "torchvision", "scipy", "flash_attn"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import bitdance_diffusers"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names():
+    assert bitdance_diffusers.__all__ == [
+        "BinaryDiffusionScheduler",
+        "BitDancePipeline",
+        "BitDancePipelineOutput",
+        "BitDanceTokenizer",
+        "BitDanceTransformer",
+    ]
