@@ -1,8 +1,8 @@
 """Checkpoints of any size through little memory: headers first, then one tensor at a time.
 
-A conversion has two stages. From the headers alone every tensor that the model needs is matched with a [`StoredTensor`],
-or the conversion fails; only then the tensors are read, checked and written, a piece at a time. Its output appears at
-once and whole, or not at all.
+A conversion has two stages. From the headers alone every tensor that the model needs is matched with a
+[`StoredTensor`], or the conversion fails; only then the tensors are read, checked and written, a piece at a time. Its
+output appears at once and whole, or not at all.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -278,14 +277,13 @@ def _raise_problems(file: Path, problems: list[str]) -> None:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Put the file that a setting comes from in front of the message about the setting."""
+    """
+    Put the file that a setting comes from in front of the message about the setting. PyTorch raises RuntimeErrors for
+    sizes beyond all bounds.
+    """
     try:
         yield
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # PyTorch's own, for sizes beyond all bounds, are RuntimeErrors
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 

@@ -39,7 +39,6 @@ from weights import (
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.prompt import MAX_SIDE_TOKENS
 
-
 # The sizes (height, width) in pixels that the released models were trained on, by the tokens P of a patch.
 _LARGE_SIZES = [[2048, 512], [1920, 512], [1536, 640], [1280, 768], [1152, 896], [1024, 1024]]
 _LARGE_SIZES += [[width, height] for height, width in reversed(_LARGE_SIZES[:-1])]
@@ -125,8 +124,8 @@ def convert_text_to_image(
     """
     Convert an original text-to-image checkpoint into a folder that `BitDancePipeline.from_pretrained` loads.
 
-    No file of the output is larger than the largest of the checkpoint (unless one tensor, after a cast, is), and memory
-    does not grow with the checkpoint: it holds one mapped tensor at a time.
+    No file of the output is larger than the largest of the checkpoint (unless one tensor, after a cast, is), and
+    memory does not grow with the checkpoint: it holds one mapped tensor at a time.
 
     Args:
         checkpoint_path: A folder in the original's layout or in the community port's.

@@ -34,7 +34,6 @@ from weights import autoencoder_config_from_original, autoencoder_key_to_origina
 
 from bitdance_diffusers import BitDanceTokenizer
 
-
 # The ImageNet release keeps its autoencoder's settings in code.
 RELEASED_CONFIG = {
     "ddconfig": {

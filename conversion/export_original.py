@@ -2,8 +2,9 @@
 
     python conversion/export_original.py --pipeline_path bitdance-14b-16x --output_path BitDance-14B-16x
 
-Without `--dtype` every tensor keeps its bits. The language model's output layer (`lm_head.weight`) is in the export only
-if it is in the pipeline, that is, if the conversion kept it with `--keep_lm_head`.
+Without `--dtype` every tensor keeps its bits; a cast to a narrower dtype rounds. The language model's output layer
+(`lm_head.weight`) is in the export only if it is in the pipeline, that is, if the conversion kept it with
+`--keep_lm_head`.
 """
 
 import argparse
@@ -78,8 +79,8 @@ def export_original(pipeline_path: Path, output_path: Path, dtype: torch.dtype |
         dtype: Cast every tensor, which rounds; `None` keeps them bit for bit.
 
     Returns:
-        `list[str]`: names of the tensors that the original's file has and this export lacks: `["lm_head.weight"]` for a
-        pipeline without it. The export then draws the same pictures, but loads with a random output layer for text.
+        `list[str]`: names of the tensors that the original's file has and this export lacks: `["lm_head.weight"]` for
+        a pipeline without it. The export then draws the same pictures, but loads with a random output layer for text.
 
     Raises:
         ValueError: the output exists, the pipeline is damaged or incomplete, contradicts its configs, does what the
@@ -139,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def export() -> None:
         for name in export_original(args.pipeline_path, args.output_path, DTYPES.get(args.dtype)):
             print(
-                f"warning: the pipeline has no `{name}` (converted without --keep_lm_head), so the export has none. It "
-                "draws the same pictures, but a `Qwen3ForCausalLM` loaded from it starts with a random one.",
+                f"warning: the pipeline has no `{name}` (converted without --keep_lm_head), so the export has none. "
+                "It draws the same pictures, but a `Qwen3ForCausalLM` loaded from it starts with a random one.",
                 file=sys.stderr,
             )
 

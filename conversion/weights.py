@@ -273,11 +273,12 @@ def language_model_config_from_original(config: Mapping[str, Any]) -> dict[str, 
             raise ValueError(f"`{name}` is {config[name]!r}; the transformer supports only {fixed!r}.")
     fields = _read_fields(config, _LANGUAGE_MODEL_FIELDS)
     layer_types = config.get("layer_types")
-    if layer_types is not None and layer_types != ["full_attention"] * fields["num_layers"]:
-        raise ValueError(
-            f"`layer_types` is {layer_types!r}; the transformer supports only 'full_attention', for each of the "
-            f"`num_hidden_layers` ({fields['num_layers']})."
-        )
+    if layer_types is not None:
+        if len(layer_types) != fields["num_layers"] or set(layer_types) != {"full_attention"}:
+            raise ValueError(
+                f"`layer_types` is {layer_types!r}; the transformer supports only 'full_attention', for each of the "
+                f"`num_hidden_layers` ({fields['num_layers']})."
+            )
     return {**fields, "rope_theta": _read_rope_theta(config)}
 
 
@@ -344,8 +345,8 @@ def vision_head_config_to_original(
     The content of the original's `vision_head_config.json`.
 
     Raises:
-        ValueError: where the original cannot express the configs: attention heads of the head that are not 128 wide, or
-            another solver than "euler_maruyama".
+        ValueError: where the original cannot express the configs: attention heads of the head that are not 128 wide,
+            or another solver than "euler_maruyama".
     """
     if transformer_config["head_attention_head_dim"] != _VISION_HEAD_ATTENTION_HEAD_DIM:
         raise ValueError(

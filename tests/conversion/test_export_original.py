@@ -1,0 +1,192 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import TOKENIZER_FILES, open_safetensors_folder
+from convert_text_to_image import convert_text_to_image
+from export_original import export_original, main
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from bitdance_diffusers import BitDancePipeline
+
+PARTS = ("model", "projector", "vision_head", "ae")
+COMMANDS = Path(__file__).parents[2] / "conversion"
+
+
+def read_part(folder, stem):
+    return {key: tensor.read() for key, tensor in open_safetensors_folder(folder, stem).tensors.items()}
+
+
+def assert_same_checkpoint(exported, original, without=()):
+    for stem in PARTS:
+        actual, expected = read_part(exported, stem), read_part(original, stem)
+        assert set(expected) - set(actual) == {key for key in without if key in expected}
+        assert set(actual) <= set(expected)
+        for key, tensor in actual.items():
+            assert tensor.dtype == expected[key].dtype, key
+            assert torch.equal(tensor, expected[key]), key
+    for file in ("vision_head_config.json", "ae_config.json"):
+        assert json.loads((exported / file).read_text()) == json.loads((original / file).read_text())
+    actual, expected = (Qwen3Config.from_pretrained(folder).to_dict() for folder in (exported, original))
+    for name in ("_name_or_path", "transformers_version"):
+        actual.pop(name), expected.pop(name)
+    assert actual == expected
+    for name in TOKENIZER_FILES:
+        assert (exported / name).exists() == (original / name).exists()
+        assert not (original / name).exists() or (exported / name).read_bytes() == (original / name).read_bytes()
+
+
+def export(checkpoint, tmp_path, **options):
+    convert_text_to_image(checkpoint, tmp_path / "pipeline", **options)
+    missing = export_original(tmp_path / "pipeline", tmp_path / "exported")
+    return tmp_path / "exported", missing
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+def test_an_export_is_the_checkpoint_that_was_converted(original, tmp_path, shard, shards):
+    if shards:
+        shard(original / "model.safetensors", shards)
+        shard(original / "vision_head.safetensors", shards)
+    exported, missing = export(original, tmp_path, keep_lm_head=True)
+    assert missing == []
+    assert_same_checkpoint(exported, original)
+    # It is the same checkpoint to the converter too.
+    convert_text_to_image(exported, tmp_path / "again", keep_lm_head=True)
+    for component in ("transformer", "vae"):
+        file = f"{component}/config.json"
+        assert (tmp_path / "again" / file).read_text() == (tmp_path / "pipeline" / file).read_text()
+
+
+def test_a_language_model_larger_than_the_pipelines_shards_is_sharded(original, tmp_path, edit_json, edit_tensors):
+    def more_tokens(tensors):
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[key] = torch.randn(30000, 64).bfloat16()
+
+    edit_json(original / "config.json", vocab_size=30000)
+    edit_tensors(original / "model.safetensors", more_tokens)
+    convert_text_to_image(original, tmp_path / "large", keep_lm_head=True)
+    pipeline = BitDancePipeline.from_pretrained(tmp_path / "large")
+    pipeline.save_pretrained(tmp_path / "pipeline", max_shard_size="8MB")
+    largest = max(file.stat().st_size for file in (tmp_path / "pipeline" / "transformer").glob("*.safetensors"))
+    export_original(tmp_path / "pipeline", tmp_path / "exported", torch.float32)
+    shards = list((tmp_path / "exported").glob("model-*.safetensors"))
+    assert len(shards) > 1 and max(file.stat().st_size for file in shards) <= largest
+    assert not (tmp_path / "exported" / "model.safetensors").exists()
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path / "exported")
+    expected = load_file(original / "model.safetensors")
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key].float()) for key, tensor in model.state_dict().items())
+
+
+def test_the_ports_checkpoint_becomes_the_originals(original, port, tmp_path):
+    exported, _ = export(port, tmp_path, keep_lm_head=True)
+    for stem in PARTS:
+        expected = read_part(original, stem)
+        actual = read_part(exported, stem)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    for file in ("vision_head_config.json", "ae_config.json"):
+        assert json.loads((exported / file).read_text()) == json.loads((original / file).read_text())
+
+
+def test_without_the_output_layer_the_export_says_so(original, tmp_path, capsys):
+    exported, missing = export(original, tmp_path)
+    assert missing == ["lm_head.weight"]
+    assert_same_checkpoint(exported, original, without=missing)
+    main(["--pipeline_path", str(tmp_path / "pipeline"), "--output_path", str(tmp_path / "other")])
+    assert "has no `lm_head.weight`" in capsys.readouterr().err
+    # What the export claims: pictures need only the hidden states, which are the original's.
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        models = [Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (exported, original)]
+        first, second = (model.model(ids).last_hidden_state for model in models)
+    assert torch.equal(first, second)
+
+
+def test_a_pipeline_that_was_loaded_and_saved(original, tmp_path):
+    convert_text_to_image(original, tmp_path / "converted", keep_lm_head=True)
+    BitDancePipeline.from_pretrained(tmp_path / "converted").save_pretrained(tmp_path / "pipeline")
+    export_original(tmp_path / "pipeline", tmp_path / "exported")
+    for stem in PARTS:
+        expected, actual = read_part(original, stem), read_part(tmp_path / "exported", stem)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], expected[key].float()) for key in expected)
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_dtype_casts_every_tensor(original, tmp_path):
+    convert_text_to_image(original, tmp_path / "pipeline")
+    export_original(tmp_path / "pipeline", tmp_path / "exported", torch.float16)
+    for stem in PARTS:
+        expected = read_part(original, stem)
+        for key, tensor in read_part(tmp_path / "exported", stem).items():
+            assert torch.equal(tensor, expected[key].half()) and tensor.dtype == torch.float16
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_settings_other_than_the_cases_survive(original, tmp_path, edit_json, edit_tensors):
+    changes = {"time_shift": 2.5, "time_schedule": "uniform", "P_mean": 0.5, "P_std": 1.0}
+    edit_json(original / "vision_head_config.json", **changes)
+    edit_json(original / "config.json", rope_theta=12345.0, rms_norm_eps=1e-5, max_position_embeddings=99)
+    edit_json(original / "ae_config.json", gan_decoder=True)
+
+    def widen(tensors):
+        tensors["decoder.conv_in.weight"] = torch.cat([tensors["decoder.conv_in.weight"]] * 2, dim=1)
+
+    def without_swiglu(tensors):
+        for block in range(2):
+            for old, new, shape in (("w1", "mlp.0", (384, 256)), ("w2", "mlp.2", (256, 384))):
+                for parameter, size in (("weight", shape), ("bias", shape[:1])):
+                    del tensors[f"net.res_blocks.{block}.{old}.{parameter}"]
+                    tensors[f"net.res_blocks.{block}.{new}.{parameter}"] = torch.randn(size)
+
+    edit_json(original / "vision_head_config.json", use_swiglu=False)
+    edit_tensors(original / "vision_head.safetensors", without_swiglu)
+    edit_tensors(original / "ae.safetensors", widen)
+    exported, _ = export(original, tmp_path, keep_lm_head=True)
+    assert_same_checkpoint(exported, original)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "`_class_name` is 'FluxPipeline'"),
+        ("scheduler/scheduler_config.json", {"solver_type": "exponential"}, "`solver_type`.*'exponential'"),
+        ("transformer/config.json", {"num_layers": 10**9}, "`layers` has 2 entries, but `num_layers` says 1000000000"),
+        ("transformer/config.json", {"head_num_modulations": 2}, "`head_num_modulations` says 2"),
+        ("transformer/config.json", {"new_trick": 1}, "new_trick"),
+        ("transformer/config.json", {"hidden_size": 128}, "`embed_tokens.weight` is of shape"),
+        ("transformer/config.json", {"use_lm_head": False}, "`lm_head.weight` is unknown"),
+        ("vae/config.json", {"layers_per_block": 10**9}, "`layers_per_block` says 1000000000"),
+        ("vae/config.json", {"norm_num_groups": 16}, "`norm_num_groups` of 32, this one has 16"),
+    ],
+)
+def test_pipelines_that_cannot_be_exported_are_refused(original, tmp_path, edit_json, file, changes, message):
+    convert_text_to_image(original, tmp_path / "pipeline", keep_lm_head=True)
+    edit_json(tmp_path / "pipeline" / file, **changes)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        export_original(tmp_path / "pipeline", tmp_path / "exported")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "pipeline"]
+
+
+def test_bad_tensors_are_refused(original, tmp_path, edit_tensors):
+    convert_text_to_image(original, tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    edit_tensors(file, lambda tensors: tensors["encoder.conv_out.bias"].fill_(float("nan")))
+    with pytest.raises(ValueError, match=f"vae.{file.name}: `encoder.conv_out.bias` holds a NaN"):
+        export_original(tmp_path / "pipeline", tmp_path / "exported")
+    edit_tensors(file, lambda tensors: tensors.pop("encoder.conv_out.bias"))
+    with pytest.raises(ValueError, match=f"vae.{file.name}: `encoder.conv_out.bias` is missing"):
+        export_original(tmp_path / "pipeline", tmp_path / "exported")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "pipeline"]
+
+
+def test_the_command_runs_as_a_script(t2i_pipeline_path, tmp_path):
+    command = [sys.executable, str(COMMANDS / "export_original.py"), "--pipeline_path", str(t2i_pipeline_path)]
+    result = subprocess.run([*command, "--output_path", "exported"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and "Wrote exported" in result.stdout
+    assert (tmp_path / "exported" / "config.json").exists()
