@@ -3,7 +3,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from evaluate import main, mean_score, rate_pictures, sample_held_out, score_categories, wilson_score
+from generate import make_grid
 from icons import CATEGORIES, IconWorld
 from PIL import Image
 
@@ -35,7 +37,9 @@ def test_the_interval_of_the_mean_holds_it_95_times_in_100():
         score = mean_score([wilson_score(rng.binomial(100, share), 100) for share in shares])
         held += score.low <= shares.mean() <= score.high
     assert 0.935 < held / 2000 < 0.975
-    assert mean_score([wilson_score(50, 100)] * 6).high - 0.5 < (wilson_score(50, 100).high - 0.5) / 2
+    one, mean = wilson_score(50, 100), mean_score([wilson_score(50, 100)] * 6)
+    assert mean.high - 0.5 == pytest.approx((one.high - 0.5) / 6**0.5)
+    assert 0.5 - mean.low == pytest.approx((0.5 - one.low) / 6**0.5)
 
 
 def test_the_prompts_are_held_out_and_enough_of_each_category(world):
@@ -85,31 +89,55 @@ def test_the_batch_size_changes_no_picture(world):
     assert [rated.image.tobytes() for rated in one] == [rated.image.tobytes() for rated in five]
 
 
-def test_icons_scores_a_pipeline(t2i_pipeline_path, tmp_path, capsys):
+@pytest.mark.parametrize("guidance", [[], ["--guidance_scale", "2"]])
+def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, capsys, guidance):
     arguments = ["icons", "--model", str(t2i_pipeline_path), "--pictures_per_category", "1", "--seed", "4"]
-    arguments += ["--num_inference_steps", "1", "--batch_size", "4"]
+    arguments += ["--num_inference_steps", "1", "--batch_size", "4", *guidance]
     main([*arguments, "--json", str(tmp_path / "scores.json"), "--grid", str(tmp_path / "grid.png")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:8]] == [*CATEGORIES, "mean"]
     assert lines[8:] == [str(tmp_path / "scores.json"), str(tmp_path / "grid.png")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "scores.json"]
 
     result = json.loads((tmp_path / "scores.json").read_text())
     assert result["settings"]["num_inference_steps"] == 1
-    assert result["settings"]["guidance_scale"] == 7.5  # the pipeline's own
+    assert result["settings"]["guidance_scale"] == (2.0 if guidance else 7.5)  # the pipeline's own
     assert list(result["scores"]) == [*CATEGORIES, "mean"]
-    assert [picture["seed"] for picture in result["pictures"]] == [4, 5, 6, 7, 8, 9]
+    pictures = result["pictures"]
+    assert [picture["seed"] for picture in pictures] == [4, 5, 6, 7, 8, 9]
+
+    pipe = t2i_pipeline()
+    pipe.vae.enable_slicing()
+    images = pipe(
+        [picture["prompt"] for picture in pictures],
+        height=64,
+        width=64,
+        num_inference_steps=1,
+        guidance_scale=result["settings"]["guidance_scale"],
+        generator=[torch.Generator().manual_seed(picture["seed"]) for picture in pictures],
+    ).images
+    captions = [f"WRONG, {picture['reason']}: {picture['prompt']}" for picture in pictures]
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (3 * 200, 2 * 220)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "scores.json"]
+        assert grid.tobytes() == make_grid(images, captions).tobytes()
 
 
-def test_icons_tokenizer_scores_reconstructions(t2i_pipeline_path, tmp_path, capsys):
+def test_icons_tokenizer_scores_reconstructions(t2i_pipeline, t2i_pipeline_path, world, tmp_path, capsys):
     for vae in (t2i_pipeline_path, t2i_pipeline_path / "vae"):
         arguments = ["icons-tokenizer", "--vae", str(vae), "--pictures_per_category", "1"]
         main([*arguments, "--json", str(tmp_path / f"{vae.name}.json")])
         assert capsys.readouterr().out.startswith("PSNR ")
     results = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
-    assert results[0]["settings"]["psnr"] == results[1]["settings"]["psnr"] < 20
+    assert results[0]["settings"]["psnr"] == results[1]["settings"]["psnr"]
+
+    vae = t2i_pipeline().vae
+    psnr = []
+    for picture in results[0]["pictures"]:
+        drawn = world.draw(picture["prompt"], np.random.default_rng(picture["seed"]))
+        image = torch.from_numpy(np.asarray(drawn) / np.float32(127.5) - 1).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            error = vae(image).sample.clamp(-1, 1) - image
+        psnr.append(-10 * torch.log10((error / 2).square().mean()).item())
+    assert results[0]["settings"]["psnr"] == pytest.approx(np.mean(psnr), abs=0.01)
 
 
 @pytest.mark.parametrize(
