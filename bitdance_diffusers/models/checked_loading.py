@@ -1,8 +1,6 @@
 """Loading that refuses what Diffusers lets through: missing or unknown tensors, wrong shapes, unknown fields."""
 
 import inspect
-import os
-from typing import Self
 
 from diffusers.configuration_utils import FrozenDict
 from safetensors import SafetensorError, safe_open
@@ -15,16 +13,6 @@ class CheckedLoadingMixin:
     Diffusers only warns about missing and unknown tensors, and a missing one then stays a meta parameter that fails at
     the first call. Goes before `ModelMixin` in a class's bases.
     """
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except SafetensorError as error:
-            folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-            raise OSError(
-                f"{cls.__name__}: a safetensors file in {folder!r} is damaged or cut short: {error}"
-            ) from error
 
     @classmethod
     def from_config(cls, config: FrozenDict | dict, return_unused_kwargs: bool = False, **kwargs):
