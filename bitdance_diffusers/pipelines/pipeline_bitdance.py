@@ -532,7 +532,11 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         images = patches_to_grid(patches, latent_height, latent_width)
         if output_type != "latent":
             code = images.to(get_module_execution_device(self.vae), self.vae.dtype)
-            images = self.vae.decode(code, generator=generator, return_dict=False)[0]
+            if isinstance(generator, list):  # one by one: a convolution of a whole batch rounds otherwise
+                rows = zip(code.split(1), generator, strict=True)
+                images = torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
+            else:
+                images = self.vae.decode(code, generator=generator, return_dict=False)[0]
             images = self.image_processor.postprocess(images, output_type=output_type)
 
         self.maybe_free_model_hooks()
