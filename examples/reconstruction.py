@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+MIN_DISCRIMINATOR_SIDE = 24  # of a picture, in pixels: a smaller one leaves no patch
+
 # Losses
 
 
@@ -75,6 +77,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     Structural similarity (Wang et al., 2004: Gaussian window of 11 pixels and deviation 1.5) of each picture,
     (B, C, H, W) in [-1, 1] with H, W >= 11 to (B,).
     """
+    x, y = x / 2 + 0.5, y / 2 + 0.5  # the luminance term is made for values from 0
     window = torch.exp(-(torch.arange(11, device=x.device) - 5).square() / (2 * 1.5**2))
     window = window / window.sum()
     kernel = (window[:, None] * window).expand(x.shape[1], 1, 11, 11).to(x.dtype)
@@ -85,7 +88,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     mean_x, mean_y = smooth(x), smooth(y)
     var_x, var_y = smooth(x * x) - mean_x**2, smooth(y * y) - mean_y**2
     covariance = smooth(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     return (similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean(dim=(1, 2, 3))
 

@@ -3,8 +3,8 @@
     accelerate launch examples/train_tokenizer.py --tokenizer_config examples/configs/icons_tokenizer.json \
         --icons 200000 --resolution 64 --center_crop --output_dir runs/tokenizer
 
-The loss is L1 + L2 of the reconstruction, entropy and commitment of the code (`bitdance_diffusers.training.quantization`),
-and where asked for LPIPS and a hinge GAN with a patch discriminator.
+The loss is L1 + L2 of the reconstruction, entropy and commitment of the code (`training/quantization.py` of the
+package), and where asked for LPIPS and a hinge GAN with a patch discriminator.
 """
 
 import argparse
@@ -72,6 +72,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("Give exactly one of --tokenizer_config and --pretrained_model_name_or_path.")
     if args.resolution < 11:
         raise ValueError(f"--resolution has to be at least 11, for SSIM, but is {args.resolution}.")
+    if args.gan_weight > 0 and args.resolution < reconstruction.MIN_DISCRIMINATOR_SIDE:
+        raise ValueError(
+            f"--gan_weight needs a --resolution of at least {reconstruction.MIN_DISCRIMINATOR_SIDE}, not "
+            f"{args.resolution}."
+        )
     if args.num_validation_images < 1:
         raise ValueError(f"--num_validation_images has to be at least 1 but is {args.num_validation_images}.")
     for name, value in vars(args).items():
@@ -188,10 +193,13 @@ def main(args: argparse.Namespace) -> None:
     num_train = len(pictures) - args.num_validation_images
     if num_train < 1:
         raise ValueError(
-            f"--num_validation_images {args.num_validation_images} leaves none of {len(pictures)} pictures to train on."
+            f"--num_validation_images {args.num_validation_images} leaves none of {len(pictures)} pictures for training."
         )
     configuration = training_utils.training_configuration(
-        args, accelerator.num_processes, tokenizer=dict(tokenizer.config), num_pictures=len(pictures)
+        args,
+        accelerator.num_processes,
+        tokenizer={name: value for name, value in tokenizer.config.items() if not name.startswith("_")},
+        num_pictures=len(pictures),
     )
     first_step = 0 if checkpoint is None else training_utils.Checkpoints.check(checkpoint, configuration)
 

@@ -27,6 +27,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import get_wsd_schedule
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TRAINING_STATE = "training_state.json"
@@ -35,7 +36,8 @@ EMA_WEIGHTS = "ema.safetensors"
 FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
-    "push_to_hub", "hub_model_id", "hub_token",
+    "push_to_hub", "hub_model_id", "hub_token", "lr_decay_steps", "validation_prompts", "num_validation_images",
+    "num_inference_steps", "guidance_scale", "save_dtype", "cache_codes",
 }  # fmt: skip
 
 
@@ -82,6 +84,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     optimizer.add_argument("--learning_rate", type=float, default=1e-4)
     optimizer.add_argument("--lr_scheduler", default="constant", choices=[kind.value for kind in SchedulerType])
     optimizer.add_argument("--lr_warmup_steps", type=int, default=0)
+    optimizer.add_argument(
+        "--lr_decay_steps", type=int, default=0, help="the constant rate falls to 0 in the last steps"
+    )
     optimizer.add_argument("--adam_beta1", type=float, default=0.9)
     optimizer.add_argument("--adam_beta2", type=float, default=0.95)
     optimizer.add_argument("--adam_weight_decay", type=float, default=0.0)
@@ -106,12 +111,14 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} has to be at least 1 but is {value}.")
-    for name in ("seed", "dataloader_num_workers", "lr_warmup_steps"):
+    for name in ("seed", "dataloader_num_workers", "lr_warmup_steps", "lr_decay_steps"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} has to be at least 0 but is {getattr(args, name)}.")
     for name in ("learning_rate", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name} has to be positive and finite but is {getattr(args, name)}.")
+    if args.lr_decay_steps > 0 and not args.lr_scheduler.startswith("constant"):
+        raise ValueError(f"--lr_decay_steps needs a constant --lr_scheduler, not {args.lr_scheduler}.")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"--ema_decay has to be in [0, 1) but is {args.ema_decay}.")
     if args.hub_token is not None and not args.push_to_hub:
@@ -155,6 +162,14 @@ def create_lr_scheduler(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule over optimizer steps. It is not to be prepared by accelerate, which would step it per process."""
+    if args.lr_decay_steps > 0:  # warm-up, stable, decay
+        return get_wsd_schedule(
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps if args.lr_scheduler == "constant_with_warmup" else 0,
+            num_decay_steps=args.lr_decay_steps,
+            num_training_steps=num_steps,
+            decay_type="linear",
+        )
     return get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps
     )
@@ -271,7 +286,9 @@ class HubDataset(Dataset):
         return {"image": ImageOps.exif_transpose(row[self.image_column]).convert("RGB"), "text": text}
 
 
-def load_pictures(args: argparse.Namespace, caption_column: str | None = None) -> Dataset:
+def load_pictures(
+    args: argparse.Namespace, caption_column: str | None = None, icon_weights: Mapping[str, float] | None = None
+) -> Dataset:
     """
     The pictures that the arguments name: a map-style dataset of `{"image": PIL RGB, "text": str}`.
 
@@ -281,7 +298,7 @@ def load_pictures(args: argparse.Namespace, caption_column: str | None = None) -
     if args.icons is not None:
         from icons import IconDataset
 
-        dataset = IconDataset(num_pictures=args.icons, seed=args.seed)
+        dataset = IconDataset(args.icons, args.seed, icon_weights)
     elif args.train_data_dir is not None:
         dataset = ImageFolder(args.train_data_dir, caption_column)
     else:
@@ -605,7 +622,9 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
 
 def save_model_card(folder: Path, description: str, base_model: str | None, tags: list[str]) -> None:
     """Write the README.md of a trained model."""
-    data = ModelCardData(library_name="diffusers", base_model=base_model, tags=["bitdance", "diffusers-training", *tags])
+    data = ModelCardData(
+        library_name="diffusers", base_model=base_model, tags=["bitdance", "diffusers-training", *tags]
+    )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n{description}\n").save(folder / "README.md")
 
 
@@ -613,7 +632,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
     """Upload the output folder, without its checkpoints and logs, to the Hub."""
     api = HfApi(token=args.hub_token)
     repo_id = api.create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True).repo_id
-    ignored = ["checkpoint-*", ".checkpoint-*", f"{args.logging_dir}/*"]
+    ignored = ["checkpoint-*", ".checkpoint-*", f"{args.logging_dir}/*", "codes/*"]
     api.upload_folder(
         repo_id=repo_id, folder_path=args.output_dir, commit_message="End of training", ignore_patterns=ignored
     )
