@@ -306,7 +306,6 @@ def output_folder(output_path: Path) -> Iterator[Path]:
     Yields:
         `Path`: a hidden folder beside `output_path`, to write into.
     """
-    check_output_path(output_path)
     output_path.parent.mkdir(parents=True, exist_ok=True)
     temporary = output_path.with_name(f".{output_path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
@@ -371,7 +370,7 @@ def _split_into_shards(
 
 
 def _widest_first(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, StoredTensor]:
-    """The order in a file: every tensor then starts at a multiple of its item size, as readers ask for."""
+    """The library's order in a file: after the header, every tensor starts at a multiple of its item size."""
     return dict(sorted(tensors.items(), key=lambda item: -(dtype or item[1].dtype).itemsize))
 
 

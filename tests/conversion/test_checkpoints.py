@@ -1,3 +1,4 @@
+import json
 import struct
 
 import pytest
@@ -21,7 +22,6 @@ def stored(file, tensors):
 
 def test_written_files_hold_the_same_bits_and_are_no_larger_than_asked(tmp_path):
     torch.manual_seed(0)
-    # An odd number of two-byte numbers before four-byte ones: a reader refuses what does not start at its item size.
     tensors = {f"a{i}": torch.randn(7, 3).bfloat16() for i in range(5)}
     tensors |= {f"b{i}": torch.randn(11) for i in range(9)} | {"scalar": torch.tensor(3.0).half()}
     source = stored(tmp_path / "in.safetensors", tensors)
@@ -37,6 +37,20 @@ def test_written_files_hold_the_same_bits_and_are_no_larger_than_asked(tmp_path)
         for key, tensor in tensors.items():
             assert written[key].dtype == tensor.dtype
             assert torch.equal(written[key].read(), tensor)
+
+
+def test_tensors_start_at_multiples_of_their_item_size(tmp_path):
+    tensors = {"a": torch.ones(3).half(), "b": torch.ones(5), "c": torch.ones(1).bfloat16(), "d": torch.ones(2)}
+    source = {
+        key: StoredTensor(tmp_path, key, tuple(value.shape), value.dtype, lambda value=value: value)
+        for key, value in tensors.items()
+    }
+    write_tensors(tmp_path, "model", source)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    assert size % 8 == 0
+    assert all(header[key]["data_offsets"][0] % value.itemsize == 0 for key, value in tensors.items())
 
 
 def test_a_tensor_above_the_limit_has_a_file_of_its_own(tmp_path):

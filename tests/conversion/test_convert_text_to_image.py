@@ -406,6 +406,16 @@ def test_embeddings_that_lack_a_token_are_refused(original, tmp_path, edit_json,
     assert_refused(original, tmp_path, "", r"the id 664, but the language model's `vocab_size` is 600")
 
 
+def test_an_autoencoder_of_another_model_is_refused(original, tmp_path, edit_json, edit_tensors):
+    edit_json(original / "vision_head_config.json", ch_target=16)
+    edit_tensors(original / "projector.safetensors", lambda t: t.update({"fc1.weight": torch.ones(64, 16)}))
+    head = {"net.input_proj.weight": (256, 16), "net.final_layer.linear.weight": (16, 256)}
+    head["net.final_layer.linear.bias"] = (16,)
+    new = {key: torch.ones(shape) for key, shape in head.items()}
+    edit_tensors(original / "vision_head.safetensors", lambda t: t.update(new))
+    assert_refused(original, tmp_path, "ae_config.json", "`z_channels` is 8, but `ch_target` in .* is 16")
+
+
 def test_folders_that_are_no_checkpoints_are_refused(original, tmp_path, t2i_pipeline_path):
     assert_refused(t2i_pipeline_path, tmp_path, "", "`--checkpoint_path` .* has to be a folder with")
     assert_refused(tmp_path / "nowhere", tmp_path, "", "`--checkpoint_path` .*nowhere")
@@ -418,6 +428,7 @@ def test_an_output_path_in_use_is_refused_and_kept(original, tmp_path):
     (tmp_path / "pipeline").write_text("mine")
     assert_refused(original, tmp_path, "", "exists already")
     assert (tmp_path / "pipeline").read_text() == "mine"
+    assert_refused(tmp_path / "nowhere", tmp_path, "", "exists already")  # before anything else
 
 
 def test_the_command_reports_errors_without_a_traceback(original, tmp_path, capsys):

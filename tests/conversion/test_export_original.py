@@ -173,6 +173,13 @@ def test_pipelines_that_cannot_be_exported_are_refused(original, tmp_path, edit_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "pipeline"]
 
 
+def test_an_output_path_in_use_is_refused(t2i_pipeline_path, tmp_path):
+    (tmp_path / "exported").mkdir()
+    with pytest.raises(ValueError, match="`--output_path` .*exported exists already"):
+        export_original(t2i_pipeline_path, tmp_path / "exported")
+    assert list((tmp_path / "exported").iterdir()) == []
+
+
 def test_bad_tensors_are_refused(original, tmp_path, edit_tensors):
     convert_text_to_image(original, tmp_path / "pipeline")
     file = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
