@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_model
 from torch import nn
 
 MIN_DISCRIMINATOR_SIDE = 24  # of a picture, in pixels: a smaller one leaves no patch
@@ -19,7 +19,7 @@ def load_lpips(weights: Path) -> nn.Module:
     The LPIPS distance (Zhang et al., 2018) on VGG features: two batches (B, 3, H, W) in [-1, 1] to (B, 1, 1, 1).
 
     Args:
-        weights (`Path`): The whole state of `lpips.LPIPS(net="vgg")` as safetensors.
+        weights (`Path`): What `safetensors.torch.save_model(lpips.LPIPS(net="vgg"), weights)` wrote.
 
     Raises:
         ImportError: without the package `lpips`.
@@ -33,9 +33,9 @@ def load_lpips(weights: Path) -> nn.Module:
         raise ImportError("--lpips_weight needs the package lpips; run `pip install lpips`.") from error
     distance = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     try:
-        distance.load_state_dict(load_file(weights))
+        load_model(distance, weights)
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f'--lpips_weights {weights} is not the state of `lpips.LPIPS(net="vgg")`: {error}') from error
+        raise ValueError(f'--lpips_weights {weights} is not a saved `lpips.LPIPS(net="vgg")`: {error}') from error
     return distance.eval().requires_grad_(False)
 
 

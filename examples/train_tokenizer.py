@@ -9,6 +9,7 @@ package), and where asked for LPIPS and a hinge GAN with a patch discriminator.
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument("--num_codebooks", type=int, default=4, help="groups of the code's bits in the entropy loss")
     loss.add_argument("--entropy_temperature", type=float, default=0.01)
     loss.add_argument("--lpips_weight", type=float, default=0.0)
-    loss.add_argument("--lpips_weights", type=Path, help='safetensors of `lpips.LPIPS(net="vgg").state_dict()`')
+    loss.add_argument(
+        "--lpips_weights", type=Path, help='what `safetensors.torch.save_model` wrote of `lpips.LPIPS(net="vgg")`'
+    )
     loss.add_argument("--gan_weight", type=float, default=0.0)
     loss.add_argument("--gan_start_step", type=int, default=0, help="first step with the GAN's losses")
 
@@ -187,13 +190,14 @@ def main(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong with the arguments is found before anything is written
     checkpoint = training_utils.find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     accelerator = training_utils.create_accelerator(args)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     tokenizer = load_tokenizer(args)
     lpips = reconstruction.load_lpips(args.lpips_weights).to(accelerator.device) if args.lpips_weight > 0 else None
     pictures = training_utils.load_pictures(args)
     num_train = len(pictures) - args.num_validation_images
     if num_train < 1:
         raise ValueError(
-            f"--num_validation_images {args.num_validation_images} leaves none of {len(pictures)} pictures for training."
+            f"--num_validation_images {args.num_validation_images} leaves none of {len(pictures)} pictures to train."
         )
     configuration = training_utils.training_configuration(
         args,
