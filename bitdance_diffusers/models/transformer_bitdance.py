@@ -4,6 +4,7 @@ Shapes: B rows, L text tokens (prompt frame, size tokens and P - 1 query tokens)
 fed back, P = p * p tokens a patch, C bits a token, D width, G width of the head.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +158,20 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         )
         self.gradient_checkpointing = False
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        [`~ModelMixin.save_pretrained`] without LoRA adapters: with one attached the file would not load again.
+
+        Raises:
+            ValueError: an adapter is attached.
+        """
+        if self._hf_peft_config_loaded:
+            raise ValueError(
+                f"The transformer has the adapters {self.active_adapters()}, which `save_pretrained` cannot save. "
+                "Save them with `save_lora_weights`, or merge them with `fuse_lora` and call `unload_lora_weights`."
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
     def allocate_kv_cache(
         self, attention_mask: torch.Tensor, num_patches: int, dtype: torch.dtype, device: torch.device
     ) -> StaticKVCache:
@@ -249,6 +264,9 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         rotary = (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
 
         # 3. The decoder.
+        if num_text > 0 and not torch.compiler.is_compiling():  # layers compiled alone take texts of any length
+            for tensor in (hidden_states, *rotary):
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
         for i, layer in enumerate(self.layers):
             layer_cache = None if kv_cache is None else kv_cache.layers[i]
             if torch.is_grad_enabled() and self.gradient_checkpointing:

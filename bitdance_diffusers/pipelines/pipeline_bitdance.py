@@ -9,6 +9,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_module_execution_device
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..image_sizes import check_size
@@ -209,6 +211,12 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                     "in generation order."
                 )
 
+    def embed_tokens(self, ids: list[int], device: torch.device) -> torch.Tensor:
+        """Embeddings (tokens, D) of token ids. All texts of a call stand in one row: one compiled graph takes any."""
+        input_ids = torch.tensor([ids], device=device)
+        torch._dynamo.maybe_mark_dynamic(input_ids, 1)
+        return self.transformer(input_ids=input_ids, return_dict=False)[0][0]
+
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
@@ -262,10 +270,10 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             negative_ids = tokenize("negative_prompt", negatives, user_frame_of_empty=False)
 
         def embed(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-            longest = max(map(len, rows))
-            padded = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows], device=device)
-            mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
-            return self.transformer(input_ids=padded, return_dict=False)[0], mask
+            lengths = [len(row) for row in rows]
+            embeds = self.embed_tokens(sum(rows, []), device).split(lengths)
+            mask = [torch.ones(length, dtype=torch.bool, device=device) for length in lengths]
+            return tuple(pad_sequence(x, batch_first=True, padding_side="left") for x in (embeds, mask))
 
         def repeat(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
             if mask is None:
@@ -441,15 +449,10 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         text_embeds, text_mask = prompt_embeds, prompt_embeds_mask  # (R, L, D), (R, L); R rows
         if guided:
             longest = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])
-            text_embeds, text_mask = (
-                torch.cat(
-                    [torch.cat([x.new_zeros(batch_size, longest - x.shape[1], *x.shape[2:]), x], dim=1) for x in pair]
-                )
-                for pair in (
-                    (prompt_embeds, negative_prompt_embeds),
-                    (prompt_embeds_mask, negative_prompt_embeds_mask),
-                )
-            )
+            texts = (prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)
+            longest = max(mask.shape[1] for _, mask in texts)
+            text_embeds = torch.cat([pad(embeds, (0, 0, longest - embeds.shape[1], 0)) for embeds, _ in texts])
+            text_mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for _, mask in texts])
         num_rows = text_embeds.shape[0]
 
         # 3. Prepare the code, and the tokens that announce it
@@ -461,10 +464,10 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
         positions = patch_positions(latent_height, latent_width, patch_size, device)  # (M, P, 2)
         start_ids = picture_start_ids(self.tokenizer, latent_height, latent_width, patch_size)
-        start_embeds = self.transformer(input_ids=torch.tensor([start_ids], device=device), return_dict=False)[0]
-        start_embeds = start_embeds.to(text_embeds.dtype).expand(num_rows, -1, -1)
+        start_embeds = self.embed_tokens(start_ids, device).to(text_embeds.dtype).expand(num_rows, -1, -1)
         text_embeds = torch.cat([text_embeds, start_embeds], dim=1)
         text_mask = torch.cat([text_mask, text_mask.new_ones(num_rows, len(start_ids))], dim=1)
+        torch._dynamo.maybe_mark_dynamic(text_embeds, 1)  # a compiled transformer takes texts of any length
 
         # 4. Prepare the timesteps of a patch
         self.scheduler.set_timesteps(num_inference_steps, device=device)

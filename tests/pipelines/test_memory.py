@@ -1,0 +1,130 @@
+"""Offloading, casting and attention backends, on a CPU: each fails if a weight is used without its hook."""
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import CpuOffload
+
+CALL = {"prompt": "a fox", "height": 8, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
+CPU = torch.device("cpu")
+
+
+def assert_same(picture, expected):
+    """To rounding: a convolution may round otherwise where its weights lie elsewhere in memory."""
+    torch.testing.assert_close(picture, expected, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def draw():
+    return lambda pipeline: pipeline(**CALL, generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.fixture
+def expected(t2i_pipeline, draw):
+    return draw(t2i_pipeline())
+
+
+def test_model_offload_runs_every_call_through_its_hook(t2i_pipeline, draw, expected, monkeypatch):
+    """On an accelerator the weights are elsewhere until a hooked forward brings them."""
+    onloaded = []
+    pre_forward = CpuOffload.pre_forward
+
+    def count(hook, module, *args, **kwargs):
+        onloaded.append(type(module).__name__)
+        return pre_forward(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", count)
+    pipeline = t2i_pipeline()
+    pipeline.enable_model_cpu_offload(device="cpu")
+    weights = []
+    for model, name in ((pipeline.transformer, "BitDanceTransformer"), (pipeline.vae, "BitDanceTokenizer")):
+        for module in list(model.modules())[1:]:  # the model's own hooks come before its offload hook
+            module.register_forward_pre_hook(lambda module, args, name=name: weights.append(name in onloaded))
+    assert_same(draw(pipeline), expected)
+    assert set(onloaded) == {"BitDanceTransformer", "BitDanceTokenizer"} and all(weights)
+
+
+def test_sequential_offload(t2i_pipeline, draw, expected):
+    """Every weight is a meta tensor but inside its own module's forward."""
+    pipeline = t2i_pipeline()
+    for model in (pipeline.transformer, pipeline.vae):
+        cpu_offload(model, CPU, offload_buffers=True)
+        assert all(parameter.is_meta for parameter in model.parameters())
+    assert_same(draw(pipeline), expected)
+
+
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offload_to_disk(t2i_pipeline, draw, expected, tmp_path, offload_type):
+    """Every weight is NaN until its group's hook reads it from the disk."""
+    pipeline = t2i_pipeline()
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    pipeline.enable_group_offload(
+        onload_device=CPU, offload_type=offload_type, offload_to_disk_path=str(tmp_path), **blocks
+    )
+    draw(pipeline)  # every group has been used, and is on the disk
+    for model in (pipeline.transformer, pipeline.vae):
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+    assert_same(draw(pipeline), expected)
+
+
+def test_layerwise_casting(t2i_pipeline, draw, expected):
+    pipeline = t2i_pipeline()
+    for model in (pipeline.transformer, pipeline.vae):
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        assert torch.float8_e4m3fn in stored.values()
+        assert all(dtype == torch.float32 for name, dtype in stored.items() if "norm" in name)
+    picture = draw(pipeline)
+    assert picture.isfinite().all() and not torch.equal(picture, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_sampler_in_float32(t2i_pipeline, monkeypatch, dtype):
+    from bitdance_diffusers import sampling
+
+    dtypes = set()
+    update = sampling.update_sample
+
+    def record(sample, prediction, previous, noise, coefficients):
+        result = update(sample, prediction, previous, noise, coefficients)
+        dtypes.update(x.dtype for x in (sample, prediction, noise, coefficients, result))
+        return result
+
+    monkeypatch.setattr(sampling, "update_sample", record)
+    pipeline = t2i_pipeline().to(dtype)
+    picture = pipeline(**{**CALL, "num_inference_steps": 2, "height": 8, "width": 8}).images
+    assert picture.isfinite().all() and dtypes == {torch.float32}
+
+
+def test_attention_backend(t2i_pipeline, draw, expected):
+    pipeline = t2i_pipeline()
+    pipeline.transformer.set_attention_backend("_native_math")
+    backends = {processor._attention_backend.value for processor in pipeline.transformer.attn_processors.values()}
+    assert backends == {"_native_math"} and len(pipeline.transformer.attn_processors) == 4  # 2 layers, 2 head blocks
+    torch.testing.assert_close(draw(pipeline), expected, atol=1e-3, rtol=0)
+    pipeline.transformer.reset_attention_backend()
+    assert_same(draw(pipeline), expected)
+
+
+def test_generation_needs_no_attention_mask(t2i_pipeline, draw, monkeypatch):
+    """Flash, sage and cuDNN attention refuse masks and `enable_gqa`."""
+    from bitdance_diffusers.models import binary_diffusion_head, block_causal_decoder
+
+    for module in (binary_diffusion_head, block_causal_decoder):
+        dispatch = module.dispatch_attention_fn
+
+        def check(*args, dispatch=dispatch, **kwargs):
+            assert kwargs.get("attn_mask") is None and not kwargs.get("enable_gqa")
+            return dispatch(*args, **kwargs)
+
+        monkeypatch.setattr(module, "dispatch_attention_fn", check)
+    draw(t2i_pipeline())
+
+
+def test_slicing_and_tiling_of_the_vae(t2i_pipeline, draw, expected):
+    pipeline = t2i_pipeline()
+    pipeline.vae.enable_slicing()
+    assert_same(draw(pipeline), expected)
+    pipeline.vae.enable_tiling()
+    assert draw(pipeline).isfinite().all()
