@@ -10,6 +10,7 @@ package), and where asked for LPIPS and a hinge GAN with a patch discriminator.
 import argparse
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--subfolder", help="where in --pretrained_model_name_or_path the tokenizer is, such as vae")
     model.add_argument("--revision")
     model.add_argument("--variant")
+    model.add_argument(
+        "--random_scale",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "GREATEST"),
+        help="resize half of the pictures by a factor from this range, so that things are seen in many sizes",
+    )
     model.add_argument("--bit_flip", type=float, default=0.0, help="probability of a flipped bit before the decoder")
 
     loss = parser.add_argument_group("loss")
@@ -85,6 +93,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, float) and name.endswith("_weight") and value < 0:
             raise ValueError(f"--{name} has to be at least 0 but is {value}.")
+    if args.random_scale is not None and not 0 < args.random_scale[0] <= args.random_scale[1] < math.inf:
+        raise ValueError(f"--random_scale has to be two positive factors in order but is {args.random_scale}.")
     if not 0 <= args.bit_flip < 0.5:
         raise ValueError(f"--bit_flip has to be in [0, 0.5) but is {args.bit_flip}.")
     if args.entropy_temperature <= 0:
@@ -231,11 +241,17 @@ def main(args: argparse.Namespace) -> None:
         accelerator.init_trackers("train_tokenizer", config={name: str(value) for name, value in vars(args).items()})
 
     # 3. Pictures: the last are for validation
-    crops = {"resolution": args.resolution, "random_flip": args.random_flip, "seed": args.seed}
-    dataset = training_utils.CroppedPictures(Subset(pictures, range(num_train)), center_crop=args.center_crop, **crops)
+    dataset = training_utils.CroppedPictures(
+        Subset(pictures, range(num_train)),
+        args.resolution,
+        args.center_crop,
+        args.random_flip,
+        args.seed,
+        args.random_scale,
+    )
     dataloader = training_utils.create_dataloader(args, dataset, accelerator, first_step)
     held_out = training_utils.CroppedPictures(
-        Subset(pictures, range(num_train, len(pictures))), center_crop=True, **{**crops, "random_flip": False}
+        Subset(pictures, range(num_train, len(pictures))), args.resolution, True, False, args.seed
     )
     held_out = [held_out[0, i] for i in range(len(held_out))]
 

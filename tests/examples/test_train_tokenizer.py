@@ -73,7 +73,8 @@ def arguments(workplace, output, **more):
     }
     flags = []
     for name, value in {**defaults, **more}.items():
-        flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        values = [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
+        flags += [] if value is None else [f"--{name}", *values]
     return flags
 
 
@@ -104,8 +105,14 @@ def assert_equal_states(one, other):
 @pytest.mark.parametrize(
     "options",
     [
-        {"gan_weight": 0.1, "gan_start_step": 1, "random_flip": True, "bit_flip": 0.1},
-        {"use_ema": True, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "lr_scheduler": "cosine"},
+        {"gan_weight": 0.1, "gan_start_step": 1, "random_flip": True, "random_scale": (0.5, 2)},
+        {
+            "use_ema": True,
+            "gradient_accumulation_steps": 2,
+            "dataloader_num_workers": 2,
+            "lr_scheduler": "cosine",
+            "bit_flip": 0.1,
+        },
     ],
 )
 def test_killed_and_resumed_equals_unbroken(workplace, options):
@@ -197,6 +204,7 @@ def test_bit_flips_reach_the_decoder_and_pass_no_gradient():
         ({"lpips_weight": 1}, "--lpips_weights go together"),
         ({"gan_weight": 1, "resolution": 20}, "--gan_weight needs"),
         ({"ema_decay": 1}, "--ema_decay"),
+        ({"random_scale": (2, 1)}, "--random_scale"),
         ({"hub_token": "x"}, "--push_to_hub"),
     ],
 )

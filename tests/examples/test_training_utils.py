@@ -72,6 +72,21 @@ def test_portrait_and_small_pictures_are_resized():
         assert training_utils.crop(Image.new("RGB", size), 16, 0.3, 0.9).size == (16, 16)
 
 
+def test_pictures_in_many_sizes():
+    pixels = np.repeat(np.arange(16, dtype=np.uint8)[:, None, None] * 10, 16, axis=1).repeat(3, axis=2)
+    image = Image.fromarray(pixels)
+    halved = np.asarray(training_utils.crop(image, 16, 0.0, 1.0, scale=0.5))
+    assert halved.shape == (16, 16, 3) and np.array_equal(halved[:8], halved[:7:-1])
+    doubled = np.asarray(training_utils.crop(image, 16, 0.0, 0.0, scale=2.0))
+    assert doubled.shape == (16, 16, 3) and doubled.max() < 90
+    wide = training_utils.crop(Image.new("RGB", (100, 30)), 16, 0.5, 0.5, scale=0.4)
+    assert wide.size == (16, 16)
+    dataset = CroppedPictures([{"image": image, "text": ""}], 16, True, False, seed=0, random_scale=(0.5, 2.0))
+    plain = training_utils.to_pixel_values(image)
+    changed = [not torch.equal(dataset[epoch, 0]["pixel_values"], plain) for epoch in range(40)]
+    assert 10 < sum(changed) < 30
+
+
 def test_image_folder(tmp_path):
     folder = write_pictures(tmp_path / "pictures")
     Image.new("L", (8, 8)).save(folder / "unlisted.png")
