@@ -293,9 +293,10 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def check_output_path(output_path: Path) -> None:
-    """`ValueError` where something is at the output path already."""
-    if os.path.lexists(output_path):
-        raise ValueError(f"`--output_path` {output_path} exists already; it has to be a new folder.")
+    """`ValueError` where something is at the output path already; an empty folder (as of `mktemp -d`) may be."""
+    is_empty_folder = output_path.is_dir() and not output_path.is_symlink() and not any(output_path.iterdir())
+    if os.path.lexists(output_path) and not is_empty_folder:
+        raise ValueError(f"`--output_path` {output_path} exists already; it has to be a new or an empty folder.")
 
 
 @contextmanager
@@ -311,7 +312,7 @@ def output_folder(output_path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        temporary.rename(output_path)
+        temporary.replace(output_path)  # takes an empty folder's place
     except BaseException:
         shutil.rmtree(temporary)
         raise

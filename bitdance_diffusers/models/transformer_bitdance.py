@@ -4,7 +4,7 @@ Shapes: B rows, L text tokens (prompt frame, size tokens and P - 1 query tokens)
 fed back, P = p * p tokens a patch, C bits a token, D width, G width of the head.
 """
 
-import os
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,19 +158,15 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         )
         self.gradient_checkpointing = False
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """
-        [`~ModelMixin.save_pretrained`] without LoRA adapters: with one attached the file would not load again.
-
-        Raises:
-            ValueError: an adapter is attached.
-        """
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at the signature for what they may pass
+    def save_pretrained(self, *args, **kwargs) -> None:
+        # With a LoRA adapter attached the file would not load again.
         if self._hf_peft_config_loaded:
             raise ValueError(
                 f"The transformer has the adapters {self.active_adapters()}, which `save_pretrained` cannot save. "
                 "Save them with `save_lora_weights`, or merge them with `fuse_lora` and call `unload_lora_weights`."
             )
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
     def allocate_kv_cache(
         self, attention_mask: torch.Tensor, num_patches: int, dtype: torch.dtype, device: torch.device

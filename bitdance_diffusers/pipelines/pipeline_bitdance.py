@@ -512,13 +512,13 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                     )
                     patches[:, i] = torch.where(prediction > 0, 1.0, -1.0)
                     if callback_on_step_end is not None:
-                        latents = patches_to_grid(patches, latent_height, latent_width)
+                        latents = patches_to_grid(patches, latent_height, latent_width).clone()
                         callback_kwargs = {}
                         for name in callback_on_step_end_tensor_inputs:
                             callback_kwargs[name] = locals()[name]
                         callback_outputs = callback_on_step_end(self, i, i, callback_kwargs)
                         latents = callback_outputs.pop("latents", latents)
-                        patches = grid_to_patches(latents, patch_size)
+                        patches = grid_to_patches(latents, patch_size).clone()
                     progress_bar.update()
                 if i + 1 < num_patches and not self.interrupt:
                     kv_cache.extend(patch_size**2)

@@ -423,12 +423,19 @@ def test_folders_that_are_no_checkpoints_are_refused(original, tmp_path, t2i_pip
 
 def test_an_output_path_in_use_is_refused_and_kept(original, tmp_path):
     (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "file").write_text("mine")
     assert_refused(original, tmp_path, "", "`--output_path` .*pipeline exists already")
-    (tmp_path / "pipeline").rmdir()
+    shutil.rmtree(tmp_path / "pipeline")
     (tmp_path / "pipeline").write_text("mine")
     assert_refused(original, tmp_path, "", "exists already")
     assert (tmp_path / "pipeline").read_text() == "mine"
     assert_refused(tmp_path / "nowhere", tmp_path, "", "exists already")  # before anything else
+
+
+def test_an_empty_folder_is_filled(original, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    convert_text_to_image(original, tmp_path / "pipeline")
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
 
 def test_the_command_reports_errors_without_a_traceback(original, tmp_path, capsys):

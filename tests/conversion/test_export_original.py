@@ -175,9 +175,10 @@ def test_pipelines_that_cannot_be_exported_are_refused(original, tmp_path, edit_
 
 def test_an_output_path_in_use_is_refused(t2i_pipeline_path, tmp_path):
     (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "file").write_text("mine")
     with pytest.raises(ValueError, match="`--output_path` .*exported exists already"):
         export_original(t2i_pipeline_path, tmp_path / "exported")
-    assert list((tmp_path / "exported").iterdir()) == []
+    assert [path.name for path in (tmp_path / "exported").iterdir()] == ["file"]
 
 
 def test_bad_tensors_are_refused(original, tmp_path, edit_tensors):
