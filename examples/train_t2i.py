@@ -14,7 +14,6 @@ released models were fine-tuned with.
 import argparse
 import json
 import shutil
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,17 +21,17 @@ import training_utils
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
-from code_cache import cache_codes
+from captioned_codes import PromptFrames, cache_codes
 from diffusers.training_utils import EMAModel
 from icons import CATEGORIES
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTokenizer, BitDanceTransformer
-from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, unconditional_ids
+from bitdance_diffusers.prompt import picture_start_ids
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws, choose_dropped, text_to_image_loss
-from bitdance_diffusers.training.parameter_groups import parameter_groups
+from bitdance_diffusers.training.parameter_groups import hidden_matrices, parameter_groups
 
 logger = get_logger(__name__)
 SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,13 +40,8 @@ SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training_utils.add_training_arguments(parser)
-    parser.set_defaults(
-        resolution=512,
-        learning_rate=1e-5,
-        lr_scheduler="constant_with_warmup",
-        lr_warmup_steps=2000,
-        adam_epsilon=1e-15,
-    )
+    parser.set_defaults(resolution=512, learning_rate=1e-5, adam_epsilon=1e-15)
+    parser.set_defaults(lr_scheduler="constant_with_warmup", lr_warmup_steps=2000)
     model = parser.add_argument_group("model (a pipeline, or all three of the others)")
     model.add_argument("--pretrained_model_name_or_path", help="a pipeline folder or repository to fine-tune")
     model.add_argument("--revision")
@@ -68,11 +62,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="encode every picture once, and keep the codes in DIR, by default `codes` in --output_dir",
     )  # fmt: skip
 
-    loss = parser.add_argument_group("objective")
+    loss = parser.add_argument_group("objective and optimizer")
+    loss.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the blocks' matrices")
     loss.add_argument("--proportion_empty_prompts", type=float, default=0.1, help="share of prompts dropped")
-    loss.add_argument(
-        "--bit_flip_probability", type=float, default=0.1, help="most that a fed-back bit is flipped with"
-    )
+    loss.add_argument("--bit_flip_probability", type=float, default=0.1, help="greatest for a fed-back bit")
     loss.add_argument("--diff_batch_mul", type=int, default=1, help="draws of noise per patch")
     loss.add_argument("--text_loss_weight", type=float, help="0.01 by default, 0 for a transformer without `lm_head`")
 
@@ -140,7 +133,7 @@ def load_pipeline(args: argparse.Namespace) -> BitDancePipeline:
             args.pretrained_model_name_or_path,
             revision=args.revision,
             variant=args.variant,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
         )
     try:
         config = json.loads(args.transformer_config.read_text(encoding="utf-8"))
@@ -150,7 +143,7 @@ def load_pipeline(args: argparse.Namespace) -> BitDancePipeline:
     initialize_weights(transformer, training_utils.random_generator(args.seed))
     return BitDancePipeline(
         tokenizer=AutoTokenizer.from_pretrained(args.tokenizer_path),
-        vae=BitDanceTokenizer.from_pretrained(args.vae_path, torch_dtype=torch.float32),
+        vae=BitDanceTokenizer.from_pretrained(args.vae_path, dtype=torch.float32),
         transformer=transformer,
         scheduler=BinaryDiffusionScheduler(),
         default_height=args.resolution,
@@ -180,22 +173,16 @@ def check_pipeline(args: argparse.Namespace, pipeline: BitDancePipeline) -> None
         )
 
 
-class PromptFrames:
-    """
-    Captions -> `input_ids`, `attention_mask` (B, L), padded on the left: each in its frame, or the unconditional one
-    where it is dropped, and the tokens in front of the picture.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, start_ids: list[int]) -> None:
-        self.framed = lru_cache(maxsize=2**16)(lambda text: prompt_ids(tokenizer, text) + start_ids)
-        self.unconditional = unconditional_ids(tokenizer) + start_ids
-
-    def __call__(self, texts: list[str], dropped: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [self.unconditional if drop else self.framed(text) for text, drop in zip(texts, dropped, strict=True)]
-        longest = max(map(len, rows))
-        input_ids = torch.tensor([row[:1] * (longest - len(row)) + row for row in rows])
-        length = torch.tensor([len(row) for row in rows])
-        return input_ids, torch.arange(longest) >= longest - length[:, None]
+def create_optimizers(args: argparse.Namespace, transformer: BitDanceTransformer) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices and AdamW for the rest."""
+    if args.optimizer == "adamw":
+        return [training_utils.create_optimizer(args, parameter_groups(transformer, args.adam_weight_decay))]
+    matrices = hidden_matrices(transformer)
+    rest = parameter_groups(transformer, args.adam_weight_decay, excluded=matrices)
+    muon = torch.optim.Muon(
+        matrices, lr=args.learning_rate, weight_decay=args.adam_weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [training_utils.create_optimizer(args, rest), muon]
 
 
 def trained_transformer(
@@ -266,8 +253,8 @@ def main(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong with the arguments is found before anything is written
     checkpoint = training_utils.find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     accelerator = training_utils.create_accelerator(args)
-    if args.use_ema and accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("--use_ema does not go with FSDP, which leaves no process the whole weights.")
+    if (args.use_ema or args.optimizer == "muon") and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("--use_ema and --optimizer muon do not go with FSDP, which leaves no process whole weights.")
     pipeline = load_pipeline(args)
     check_pipeline(args, pipeline)
     if args.num_inference_steps is not None:
@@ -297,9 +284,8 @@ def main(args: argparse.Namespace) -> None:
     vae.eval().requires_grad_(False).to(accelerator.device)
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay) if args.use_ema else None
     num_steps = training_utils.count_steps(args, len(pictures), accelerator.num_processes)
-    optimizer = training_utils.create_optimizer(args, parameter_groups(transformer, args.adam_weight_decay))
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    lr_scheduler = training_utils.create_lr_scheduler(args, optimizer.optimizer, num_steps)
+    transformer, *optimizers = accelerator.prepare(transformer, *create_optimizers(args, transformer))
+    lr_scheduler = training_utils.create_lr_scheduler(args, optimizers[0].optimizer, num_steps)
     if ema is not None:
         ema.to(accelerator.device)
     checkpoints = training_utils.Checkpoints(
@@ -355,14 +341,18 @@ def main(args: argparse.Namespace) -> None:
             if accelerator.sync_gradients:
                 training_utils.clip_gradients(accelerator, transformer.parameters(), args.max_grad_norm, step)
             timer.lap("forward_backward")
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         timer.lap("optimizer")
         if not accelerator.sync_gradients:
             continue
 
-        # A step is done
+        # A step is done. All optimizers follow the schedule of the first
         lr_scheduler.step()
+        for optimizer in optimizers[1:]:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_scheduler.get_last_lr()[0]
         if ema is not None:
             ema.step(transformer.parameters())
         step += 1

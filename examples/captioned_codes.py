@@ -1,7 +1,8 @@
-"""Pictures encoded once: their packed codes and captions on disk, for training runs that read them many times."""
+"""What a text-to-image transformer learns from: captions as token ids, and pictures encoded once and kept on disk."""
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,30 @@ from icons import IconDataset
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from training_utils import CroppedPictures, HubDataset, ImageFolder
+from transformers import PreTrainedTokenizerBase
 
 from bitdance_diffusers import BitDanceTokenizer
+from bitdance_diffusers.prompt import prompt_ids, unconditional_ids
 
 ENCODE_BATCH_SIZE = 64
+
+
+class PromptFrames:
+    """
+    Captions -> `input_ids`, `attention_mask` (B, L), padded on the left: each in its frame, or the unconditional one
+    where it is dropped, and the tokens in front of the picture.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start_ids: list[int]) -> None:
+        self.framed = lru_cache(maxsize=2**16)(lambda text: prompt_ids(tokenizer, text) + start_ids)
+        self.unconditional = unconditional_ids(tokenizer) + start_ids
+
+    def __call__(self, texts: list[str], dropped: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [self.unconditional if drop else self.framed(text) for text, drop in zip(texts, dropped, strict=True)]
+        longest = max(map(len, rows))
+        input_ids = torch.tensor([row[:1] * (longest - len(row)) + row for row in rows])
+        length = torch.tensor([len(row) for row in rows])
+        return input_ids, torch.arange(longest) >= longest - length[:, None]
 
 
 class CachedCodes(Dataset):

@@ -1,0 +1,358 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_t2i
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+
+from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
+from bitdance_diffusers.prompt import picture_start_ids
+from bitdance_diffusers.training.initialization import initialize_weights
+from bitdance_diffusers.training.objective import RandomDraws, text_to_image_loss
+
+ROOT = Path(__file__).parents[2]
+# Ends the process without notice while checkpoint-4 is on its way to the disk.
+KILLED_IN_A_CHECKPOINT = """
+import os, signal, sys
+import train_t2i, training_utils
+flush = training_utils._flush
+def killed(path):
+    if ".checkpoint-4.partial" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(path)
+training_utils._flush = killed
+train_t2i.main(train_t2i.parse_args(sys.argv[1:]))
+"""
+# Writes the gradients and losses of every step to a file of its own process.
+RECORDED = """
+import sys, torch
+import train_t2i, training_utils
+from accelerate import PartialState
+record = {"losses": []}
+check_finite = training_utils.check_finite
+def recorded(accelerator, name, value, step):
+    mean = check_finite(accelerator, name, value, step)
+    if name == "loss":
+        record["losses"].append(mean)
+    return mean
+def clip(accelerator, parameters, max_norm, step):
+    parameters = list(parameters)
+    record.setdefault("gradients", [p.grad.clone() for p in parameters])
+    accelerator.clip_grad_norm_(parameters, max_norm)
+training_utils.check_finite, training_utils.clip_gradients = recorded, clip
+train_t2i.main(train_t2i.parse_args(sys.argv[2:]))
+torch.save(record, f"{sys.argv[1]}-{PartialState().process_index}")
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(10):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        coarse.resize((20, 16), Image.Resampling.BICUBIC).save(pictures / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a red fox number {i}"}))
+    (pictures / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def arguments(workplace, t2i_pipeline_path):
+    def arguments(output, **more):
+        defaults = {
+            "pretrained_model_name_or_path": t2i_pipeline_path,
+            "train_data_dir": workplace / "pictures",
+            "output_dir": workplace / output,
+            "resolution": 16,
+            "train_batch_size": 3,
+            "max_train_steps": 6,
+            "checkpointing_steps": 2,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "constant",
+            "report_to": "none",
+        }
+        flags = []
+        for name, value in {**defaults, **more}.items():
+            values = value if isinstance(value, list) else [value]
+            flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
+        return flags
+
+    return arguments
+
+
+@pytest.fixture
+def train(arguments, workplace):
+    def train(output, **more):
+        torch.rand(3)  # a run does not depend on the global random state that it finds
+        train_t2i.main(train_t2i.parse_args(arguments(output, **more)))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return workplace / output
+
+    return train
+
+
+@pytest.fixture
+def scratch(workplace, t2i_pipeline_path):
+    """Arguments of a training from scratch, of a transformer like the case's but narrow."""
+    config = json.loads((t2i_pipeline_path / "transformer" / "config.json").read_text(encoding="utf-8"))
+    config |= {"head_hidden_size": 64, "head_attention_head_dim": 32, "intermediate_size": 64}
+    (workplace / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return {
+        "pretrained_model_name_or_path": None,
+        "transformer_config": workplace / "config.json",
+        "vae_path": t2i_pipeline_path / "vae",
+        "tokenizer_path": t2i_pipeline_path / "tokenizer",
+    }
+
+
+def weights(folder):
+    files = (folder / "transformer").glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def assert_equal_states(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal_states(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal_states(a, b)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_ema": True, "random_flip": True, "diff_batch_mul": 2},
+        {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "lr_scheduler": "cosine"},
+        {"optimizer": "muon", "cache_codes": True, "center_crop": True, "lr_decay_steps": 3},
+    ],
+)
+def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options):
+    unbroken = train("unbroken", **options)
+    command = [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, *arguments("killed", **options)]
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = workplace / "killed"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")}
+    resumed = train("killed", resume_from_checkpoint="latest", **options)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")} == before
+
+    assert_equal_states(weights(unbroken), weights(resumed))
+    for path in (unbroken / "checkpoint-6").iterdir():
+        if path.name.startswith("optimizer"):
+            assert_equal_states(torch.load(path), torch.load(resumed / "checkpoint-6" / path.name))
+        elif path.suffix == ".safetensors":
+            assert_equal_states(load_file(path), load_file(resumed / "checkpoint-6" / path.name))
+    assert [p.name for p in sorted(resumed.glob(".*"))] == []
+
+
+def test_fine_tuning_leaves_a_pipeline(train, t2i_pipeline_path):
+    folder = train(
+        "out", use_ema=True, ema_decay=0.5, checkpoints_total_limit=1, validation_prompt=["a red fox", "two"],
+        validation_steps=4, num_validation_images=3, num_inference_steps=2, guidance_scale=2.5,
+        report_to="tensorboard", save_dtype="bfloat16",
+    )  # fmt: skip
+    before, after = weights(t2i_pipeline_path), weights(folder)
+    assert before.keys() == after.keys()
+    assert all(value.dtype == torch.bfloat16 for value in after.values())
+    assert not torch.equal(before["head.proj_out.weight"].bfloat16(), after["head.proj_out.weight"])
+    averaged = load_file(folder / "checkpoint-6" / "ema.safetensors")
+    assert torch.equal(averaged["0"].bfloat16(), after["embed_tokens.weight"])
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-6"]
+    grids = sorted(p.name for p in (folder / "validation").iterdir())
+    assert grids == ["validation-000004.png", "validation-000006.png"]
+    assert Image.open(folder / "validation" / grids[0]).size == (3 * 16, 2 * 16)
+    assert "library_name: diffusers" in (folder / "README.md").read_text(encoding="utf-8")
+    assert list((folder / "logs").rglob("events.out.tfevents*"))
+
+    pipeline = BitDancePipeline.from_pretrained(folder)
+    assert pipeline.config.default_guidance_scale == 2.5 and pipeline.config.default_num_inference_steps == 2
+    image = pipeline("a red fox", height=16, width=16).images[0]
+    assert image.size == (16, 16)
+
+
+def test_what_is_saved_is_what_was_trained(train):
+    """Without an average, in float32: the last checkpoint's weights."""
+    folder = train("out")
+    assert_equal_states(weights(folder), load_file(folder / "checkpoint-6" / "model.safetensors"))
+
+
+def test_from_scratch_on_cached_codes(train, scratch, workplace):
+    options = {**scratch, "cache_codes": workplace / "codes", "center_crop": True, "max_train_steps": 4}
+    cached = train("cached", **options)
+    pipeline = BitDancePipeline.from_pretrained(cached)
+    assert (pipeline.config.default_height, pipeline.config.supported_sizes) == (16, [[16, 16]])
+    assert pipeline("a red fox", num_inference_steps=2).images[0].size == (16, 16)
+    codes = np.load(workplace / "codes" / "codes.npy")
+    assert codes.shape == (10, 4, 4, 1) and codes.dtype == np.uint8
+
+    encoded = train("encoded", **{**options, "cache_codes": None})
+    assert_equal_states(weights(cached), weights(encoded))
+
+    Image.new("RGB", (20, 16)).save(workplace / "pictures" / "3.png")
+    with pytest.raises(ValueError, match="made with other pictures"):
+        train("stale", **options)
+    (workplace / "pictures" / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match="metadata.jsonl do not exist"):
+        train("stale", **options)
+
+
+def test_icons_are_drawn_by_weight(train, scratch, workplace):
+    train(
+        "out", **scratch, train_data_dir=None, icons=6, icon_weights=["colors=1", *(
+            f"{name}=0" for name in ("single_object", "two_object", "counting", "position", "color_attr"))],
+        cache_codes=workplace / "codes", max_train_steps=1,
+    )  # fmt: skip
+    texts = json.loads((workplace / "codes" / "captions.json").read_text(encoding="utf-8"))
+    assert len(texts) == 6 and all(len(text.split()) == 3 for text in texts)
+
+
+def test_two_processes_equal_one(workplace, arguments):
+    def record(name, batch_size, num_processes):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}",
+            workplace / "recorded.py", workplace / name,
+            *arguments(f"out-{name}", train_batch_size=batch_size, max_train_steps=20, diff_batch_mul=2,
+                       checkpointing_steps=100, lr_scheduler="constant", learning_rate=1e-4),
+        ]  # fmt: skip
+        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return torch.load(f"{workplace / name}-0")
+
+    (workplace / "recorded.py").write_text(RECORDED, encoding="utf-8")
+    one, two = record("one", 8, 1), record("two", 4, 2)
+    for a, b in zip(one["gradients"], two["gradients"], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+    assert len(one["losses"]) == 20
+    np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-4)
+
+
+def test_bf16_mixed_precision(train):
+    exact, mixed = weights(train("exact")), weights(train("mixed", mixed_precision="bf16"))
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in mixed.values())
+    assert not torch.equal(mixed["norm_out.weight"], exact["norm_out.weight"])
+    torch.testing.assert_close(mixed["norm_out.weight"], exact["norm_out.weight"], atol=2e-2, rtol=0)
+
+
+def test_text_loss_trains_the_output_layer(train, scratch):
+    config = json.loads(scratch["transformer_config"].read_text(encoding="utf-8")) | {"use_lm_head": True}
+    scratch["transformer_config"].write_text(json.dumps(config), encoding="utf-8")
+    first = weights(train("first", **scratch, max_train_steps=1))
+    second = weights(train("second", **scratch, max_train_steps=2))
+    assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+    first = weights(train("third", **scratch, max_train_steps=1, text_loss_weight=0))
+    second = weights(train("fourth", **scratch, max_train_steps=2, text_loss_weight=0))
+    assert torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+
+
+def test_gradient_checkpointing_changes_nothing(train):
+    plain, checkpointed = (weights(train(str(flag), gradient_checkpointing=flag)) for flag in (None, True))
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value, msg=name)
+
+
+def test_a_loss_that_is_not_finite_reaches_no_checkpoint(train, workplace):
+    with pytest.raises(FloatingPointError):
+        train("out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20)
+    assert not (workplace / "out" / "model_index.json").exists()
+    for file in (workplace / "out").glob("checkpoint-*/model.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(file).values())
+
+
+def test_dropped_prompts_take_the_unconditional_frame(t2i_pipeline):
+    tokenizer = t2i_pipeline().tokenizer
+    frames = train_t2i.PromptFrames(tokenizer, [5, 6])
+    input_ids, mask = frames(["a red fox", "two"], [False, True])
+    assert mask[0].all() and not mask[1, 0]
+    assert input_ids[1][mask[1]].tolist() == frames.unconditional
+    assert input_ids[0].tolist() == train_t2i.PromptFrames(tokenizer, [5, 6]).framed("a red fox")
+    assert input_ids[:, -2:].tolist() == [[5, 6]] * 2
+
+
+def overfit(pipeline, num_steps):
+    """Train on four pictures' codes with four captions; returns codes, captions and the mean of the last losses."""
+    transformer = pipeline.transformer.train()
+    code = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0)).sign()
+    texts = ["a red fox", "a blue umbrella", "two", "sleeping under it"]
+    patch_size = transformer.config.patch_size
+    frames = train_t2i.PromptFrames(pipeline.tokenizer, picture_start_ids(pipeline.tokenizer, 8, 8, patch_size))
+    input_ids, mask = frames(texts, [False] * 4)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    losses = []
+    for step in range(num_steps):
+        draws = RandomDraws(torch.Generator().manual_seed(step))
+        losses_of_step = text_to_image_loss(
+            transformer, pipeline.scheduler, input_ids, mask, code, patch_size, draws, 0.1, 4
+        )
+        losses_of_step.loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, 2 * (1 - (step + 1) / num_steps))
+        losses.append(losses_of_step.loss.item())
+    transformer.eval()
+    return code, texts, float(np.mean(losses[-20:]))
+
+
+@pytest.fixture
+def fresh_pipeline(t2i_pipeline):
+    """The case's pipeline with a narrower transformer that has learnt nothing."""
+    pipeline = t2i_pipeline()
+    config = dict(pipeline.transformer.config) | {"head_hidden_size": 64, "head_attention_head_dim": 32}
+    transformer = BitDanceTransformer.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    initialize_weights(transformer, torch.Generator().manual_seed(0))
+    pipeline.transformer = transformer
+    return pipeline
+
+
+def test_four_pictures_are_learnt(fresh_pipeline):
+    """The bits are random, so that only caption, place and what came before can tell them."""
+    *_, loss = overfit(fresh_pipeline, num_steps=120)
+    assert loss < 0.5
+
+
+@pytest.mark.slow
+def test_four_pictures_are_reproduced(fresh_pipeline):
+    code, texts, _ = overfit(fresh_pipeline, num_steps=1000)
+    generator = torch.Generator().manual_seed(0)
+    drawn = fresh_pipeline(
+        texts,
+        height=32,
+        width=32,
+        num_inference_steps=20,
+        guidance_scale=1.0,
+        generator=generator,
+        output_type="latent",
+    ).images
+    assert (drawn == code).float().mean() >= 0.99
