@@ -57,7 +57,7 @@ def sincos_2d(positions: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
-class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
     The text-to-image transformer of BitDance (arXiv 2602.14041): a decoder-only language model (Qwen3's
     architecture), a projector that feeds finished patches back, and the binary diffusion head.
@@ -84,6 +84,10 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
     _skip_layerwise_casting_patterns = ["embed_tokens", "norm", "time_embed", "proj_in", "proj_out", "condition_proj"]
     _skip_keys = ["kv_cache"]
     _group_offload_block_modules = ["head"]
+
+    # Of AttentionMixin all but `fuse_qkv_projections`: the head's projections always are one, `to_qkv`.
+    attn_processors = AttentionMixin.attn_processors
+    set_attn_processor = AttentionMixin.set_attn_processor
 
     @register_to_config
     def __init__(

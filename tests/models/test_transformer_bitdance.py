@@ -165,6 +165,18 @@ def test_text_logits_come_with_the_output_layer():
     assert tiny_transformer().lm_head is None
 
 
+def test_attention_processors():
+    model = tiny_transformer()
+    processors = model.attn_processors
+    assert {name.split(".")[0] for name in processors} == {"layers", "head"} and len(processors) == 4
+    with pytest.raises(ValueError, match="number of processors"):
+        model.set_attn_processor({"layers.0.attn.processor": processors["layers.0.attn.processor"]})
+    model.set_attn_processor(dict(processors))
+    assert model.attn_processors == processors
+    # The original's head has one projection for query, key and value: it can neither be fused nor taken apart.
+    assert not hasattr(model, "fuse_qkv_projections") and not hasattr(model, "unfuse_qkv_projections")
+
+
 def test_bfloat16_runs(tmp_path):
     model = tiny_transformer().to(torch.bfloat16)
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tiny_inputs(model, padded=True).items()}
