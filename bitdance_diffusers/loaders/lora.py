@@ -22,15 +22,13 @@ class BitDanceLoraLoaderMixin(LoraBaseMixin):
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict | None]:
         """
         The LoRA tensors of a file, folder, repository or state dict; keyword arguments as in Diffusers. With
-        `return_lora_metadata=True` also the adapter's metadata. Where there is no safetensors file a `.bin` file is
-        read, with `weights_only=True`, unless `use_safetensors=True`.
+        `return_lora_metadata=True` also the adapter's metadata. Only safetensors files are read.
         """
         return_lora_metadata = kwargs.pop("return_lora_metadata", False)
-        use_safetensors = kwargs.pop("use_safetensors", None)
         state_dict, metadata = _fetch_state_dict(
             pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
             weight_name=kwargs.pop("weight_name", None),
-            use_safetensors=use_safetensors is not False,
+            use_safetensors=True,
             local_files_only=kwargs.pop("local_files_only", None),
             cache_dir=kwargs.pop("cache_dir", None),
             force_download=kwargs.pop("force_download", False),
@@ -39,7 +37,7 @@ class BitDanceLoraLoaderMixin(LoraBaseMixin):
             revision=kwargs.pop("revision", None),
             subfolder=kwargs.pop("subfolder", None),
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            allow_pickle=use_safetensors is None,
+            allow_pickle=False,
         )
         return (state_dict, metadata) if return_lora_metadata else state_dict
 

@@ -3,7 +3,6 @@
 import inspect
 
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.model_loading_utils import load_state_dict
 from safetensors import SafetensorError, safe_open
 
 
@@ -35,7 +34,11 @@ def _compare_headers(name: str, model, files: list[str]) -> None:
     expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {}
     for file in files:
-        found.update({key: (file, shape) for key, shape in _read_shapes(name, file).items()})
+        try:
+            with safe_open(file, framework="pt") as handle:
+                found.update({key: (file, handle.get_slice(key).get_shape()) for key in handle.keys()})
+        except SafetensorError as error:
+            raise OSError(f"{name}: {file!r} is damaged or cut short: {error}") from error
     problems = [f"{key!r} is missing from {', '.join(map(str, files))}" for key in expected if key not in found]
     for key, (file, shape) in found.items():
         if key not in expected:
@@ -45,13 +48,3 @@ def _compare_headers(name: str, model, files: list[str]) -> None:
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{name}: the checkpoint does not fit its config: {shown}.")
-
-
-def _read_shapes(name: str, file: str) -> dict[str, list[int]]:
-    if not file.endswith(".safetensors"):  # a pickle of tensors, which Diffusers reads with `weights_only=True`
-        return {key: list(tensor.shape) for key, tensor in load_state_dict(file, map_location="meta").items()}
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {key: handle.get_slice(key).get_shape() for key in handle.keys()}
-    except SafetensorError as error:
-        raise OSError(f"{name}: {file!r} is damaged or cut short: {error}") from error

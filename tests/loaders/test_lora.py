@@ -47,17 +47,6 @@ def test_file_names_the_transformer(lora_path):
     assert "transformer.layers.0.attn.to_q.lora_A.weight" in keys
 
 
-def test_pickled_tensors(t2i_pipeline, lora_path):
-    tensors = load_file(lora_path / FILE)
-    (lora_path / FILE).unlink()
-    torch.save(tensors, lora_path / "pytorch_lora_weights.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        BitDancePipeline.lora_state_dict(lora_path, use_safetensors=True)
-    for path, choice in ((lora_path, {}), (lora_path / "pytorch_lora_weights.bin", {"use_safetensors": False})):
-        loaded = BitDancePipeline.lora_state_dict(path, **choice)
-        assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[key], tensors[key]) for key in tensors)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -190,12 +190,10 @@ def test_save_and_load(tmp_path):
     expected = teacher_forced(model, inputs).sample
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
-    model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     for loaded in (
         BitDanceTransformer.from_pretrained(tmp_path / "whole"),
         BitDanceTransformer.from_pretrained(tmp_path / "sharded"),
-        BitDanceTransformer.from_pretrained(tmp_path / "pickled"),
         AutoModel.from_pretrained(str(tmp_path / "whole")),
         BitDanceTransformer.from_pretrained(tmp_path / "whole", device_map="auto"),
     ):
@@ -228,14 +226,6 @@ class TestDamagedCheckpoints:
     def test_wrong_shape(self, folder):
         self.edit(folder, lambda tensors: tensors.update({"head.proj_in.weight": torch.zeros(32, 7)}))
         with pytest.raises(ValueError, match=r"'head.proj_in.weight' in .* has shape \[32, 7\], .* \[32, 6\]"):
-            BitDanceTransformer.from_pretrained(folder)
-
-    def test_pickled_tensors_are_compared_too(self, folder):
-        tensors = load_file(folder / self.FILE)
-        (folder / self.FILE).unlink()
-        tensors.pop("layers.1.attn.to_q.weight")
-        torch.save(tensors | {"head.proj_in.weight": torch.zeros(32, 7)}, folder / "diffusion_pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"'layers.1.attn.to_q.weight' is missing from .*has shape \[32, 7\]"):
             BitDanceTransformer.from_pretrained(folder)
 
     def test_truncated_file(self, folder):
