@@ -34,6 +34,8 @@ def _compare_headers(name: str, model, files: list[str]) -> None:
     expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {}
     for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{name}: {file!r} is a pickle; weights load from safetensors files only.")
         try:
             with safe_open(file, framework="pt") as handle:
                 found.update({key: (file, handle.get_slice(key).get_shape()) for key in handle.keys()})

@@ -254,6 +254,12 @@ class TestDamagedCheckpoints:
         with pytest.raises((ValueError, OSError), match=name.split("/")[-1]):
             BitDanceTransformer.from_pretrained(folder)
 
+    def test_pickle(self, folder):
+        tiny_transformer().save_pretrained(folder, safe_serialization=False)
+        (folder / self.FILE).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="diffusion_pytorch_model.bin' is a pickle"):
+            BitDanceTransformer.from_pretrained(folder)
+
     def test_unknown_config_field(self, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"num_leyers": 3}))
