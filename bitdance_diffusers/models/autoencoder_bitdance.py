@@ -66,7 +66,7 @@ class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, Confi
     _supports_gradient_checkpointing = True
     # Modules whose arithmetic joins the outputs of several submodules, and so stay on one device.
     _no_split_modules = ["BitDanceResnetBlock", "BitDanceAdaptiveGroupNorm"]
-    _repeated_blocks = ["BitDanceResnetBlock"]
+    _repeated_blocks = None  # the blocks differ in width, so that each would be a graph of its own
     _skip_layerwise_casting_patterns = ["norm"]
     _group_offload_block_modules = ["encoder", "decoder"]
 

@@ -380,14 +380,20 @@ def test_device_map_splits_no_block():
     assert not [name for name in device_map if any(name.startswith(f"{module}.") for module in whole)]
 
 
-def test_compile_repeated_blocks():
-    model = tiny()
-    expected = encode_and_decode(model)
+@torch.no_grad()
+def test_compile():
+    """Encoder and decoder are a graph each. There is no block that repeats, which Diffusers says."""
+    model = tiny(block_out_channels=(8, 8, 16))
+    images, code = random_images(1, 3, 16, 16), random_code(1, 6, 4, 4)
+    expected = model.encode(images).logits, model.decode(code).sample
     graphs = []
-    model.compile_repeated_blocks(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-    for got, want in zip(encode_and_decode(model), expected, strict=True):
-        torch.testing.assert_close(got, want)
-    assert graphs
+    options = {"fullgraph": True, "backend": lambda graph, inputs: graphs.append(graph) or graph.forward}
+    encode, decode = torch.compile(model.encode, **options), torch.compile(model.decode, **options)
+    torch.testing.assert_close(encode(images).logits, expected[0])
+    torch.testing.assert_close(decode(code).sample, expected[1])
+    assert len(graphs) == 2
+    with pytest.raises(ValueError, match="_repeated_blocks"):
+        model.compile_repeated_blocks()
 
 
 @torch.no_grad()
