@@ -339,7 +339,7 @@ def fresh_pipeline(t2i_pipeline):
 def test_four_pictures_are_learnt(fresh_pipeline):
     """The bits are random, so that only caption, place and what came before can tell them."""
     *_, loss = overfit(fresh_pipeline, num_steps=120)
-    assert loss < 0.5
+    assert loss < 0.27  # 0.20; 0.34 to 1.5 with the mask, the order, either position or the condition broken
 
 
 @pytest.mark.slow
