@@ -171,7 +171,7 @@ class BinaryDiffusionHead(nn.Module):
         if hidden_states is None:
             return timestep_embeds, condition_embeds
 
-        embeds = nn.functional.silu(timestep_embeds + condition_embeds)  # (R, P, G)
+        embeds = nn.functional.silu(timestep_embeds.to(condition_embeds) + condition_embeds)  # (R, P, G)
         hidden_states = self.proj_in(hidden_states.to(condition_embeds.dtype))
         blocks_per_modulation = len(self.blocks) // len(self.modulations)
         for i, block in enumerate(self.blocks):

@@ -79,7 +79,7 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["BlockCausalDecoderLayer", "BinaryDiffusionHead"]
+    _no_split_modules = ["BlockCausalDecoderLayer", "BinaryDiffusionHeadBlock", "BinaryDiffusionHeadNormOut"]
     _repeated_blocks = ["BlockCausalDecoderLayer", "BinaryDiffusionHeadBlock"]
     _skip_layerwise_casting_patterns = ["embed_tokens", "norm", "time_embed", "proj_in", "proj_out", "condition_proj"]
     _skip_keys = ["kv_cache"]
@@ -241,7 +241,7 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         num_text = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         if code is not None:
             code_embeds = self.projector(code)  # (B, K, P, D)
-            code_embeds = code_embeds + sincos_2d(code_positions, self.config.hidden_size).to(code_embeds.dtype)
+            code_embeds = code_embeds + sincos_2d(code_positions, self.config.hidden_size).to(code_embeds)
             parts.append(code_embeds.flatten(1, 2))
         hidden_states = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, S, D)
         num_tokens = hidden_states.shape[1]
@@ -285,7 +285,7 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         # 4. The last blocks, with the position embedding of the tokens that they predict, are the head's condition.
         num_blocks = condition_positions.shape[0]
         condition = hidden_states[:, num_tokens - num_blocks * patch_tokens :].unflatten(1, (num_blocks, patch_tokens))
-        condition = condition + sincos_2d(condition_positions, self.config.hidden_size).to(condition.dtype)
+        condition = condition + sincos_2d(condition_positions, self.config.hidden_size).to(condition)
 
         # 5. The head. Every patch is a row of its own to it.
         sample = None

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import AutoModel
 from safetensors.torch import load_file, save_file
 
@@ -198,6 +199,41 @@ def test_save_and_load(tmp_path):
         BitDanceTransformer.from_pretrained(tmp_path / "whole", device_map="auto"),
     ):
         assert torch.equal(teacher_forced(loaded, inputs).sample, expected)
+
+
+def test_device_map_splits_the_head_too(tmp_path):
+    model = tiny_transformer()  # the head is more than half of it
+    inputs = tiny_inputs(model, padded=True)
+    model.save_pretrained(tmp_path / "model")
+    loaded = BitDanceTransformer.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": model.get_memory_footprint() // 2},
+        offload_folder=tmp_path / "offload",
+    )
+    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+    torch.testing.assert_close(teacher_forced(loaded, inputs).sample, teacher_forced(model, inputs).sample)
+
+
+@pytest.mark.parametrize(
+    "first_moved", ["layers.1", "norm_out", "head.proj_in", "head.modulations.0", "head.norm_out"]
+)
+@torch.no_grad()
+def test_layers_on_two_devices(first_moved):
+    """The meta device stands in for a second accelerator: it refuses to compute with tensors of another device."""
+    model = tiny_transformer()
+    inputs = tiny_inputs(model, padded=True)
+    device = "cpu"
+    whole = set()
+    for name, module in model.named_modules():
+        if type(module).__name__ in model._no_split_modules or not list(module.children()):
+            if not any(name.startswith(f"{other}.") for other in whole):
+                whole.add(name)
+                device = "meta" if name == first_moved else device
+                add_hook_to_module(module.to(device), AlignDevicesHook(execution_device=torch.device(device)))
+    assert first_moved in whole
+    output = teacher_forced(model, inputs)
+    assert output.sample.is_meta and output.sample.shape == inputs["noisy_code"].shape
 
 
 class TestDamagedCheckpoints:
