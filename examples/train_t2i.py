@@ -13,6 +13,7 @@ released models were fine-tuned with.
 
 import argparse
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -253,6 +254,7 @@ def main(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong with the arguments is found before anything is written
     checkpoint = training_utils.find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     accelerator = training_utils.create_accelerator(args)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     if (args.use_ema or args.optimizer == "muon") and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("--use_ema and --optimizer muon do not go with FSDP, which leaves no process whole weights.")
     pipeline = load_pipeline(args)
