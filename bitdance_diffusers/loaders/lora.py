@@ -25,9 +25,13 @@ class BitDanceLoraLoaderMixin(LoraBaseMixin):
         `return_lora_metadata=True` also the adapter's metadata. Only safetensors files are read.
         """
         return_lora_metadata = kwargs.pop("return_lora_metadata", False)
+        weight_name = kwargs.pop("weight_name", None)
+        for name in (pretrained_model_name_or_path_or_dict, weight_name):
+            if isinstance(name, (str, os.PathLike)) and str(name).endswith((".bin", ".pt", ".pth", ".ckpt")):
+                raise ValueError(f"{str(name)!r} is a pickle; LoRA weights load from safetensors files only.")
         state_dict, metadata = _fetch_state_dict(
             pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
-            weight_name=kwargs.pop("weight_name", None),
+            weight_name=weight_name,
             use_safetensors=True,
             local_files_only=kwargs.pop("local_files_only", None),
             cache_dir=kwargs.pop("cache_dir", None),

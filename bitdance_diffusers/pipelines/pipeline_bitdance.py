@@ -285,12 +285,13 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             prompt_embeds, prompt_embeds_mask = embed(ids)
         prompt_embeds, prompt_embeds_mask = repeat(prompt_embeds, prompt_embeds_mask)
         if not do_classifier_free_guidance:
-            return prompt_embeds, prompt_embeds_mask, None, None
-        if negative_ids is not None:
-            negative_prompt_embeds, negative_prompt_embeds_mask = embed(negative_ids)
-        negative_prompt_embeds, negative_prompt_embeds_mask = repeat(
-            negative_prompt_embeds, negative_prompt_embeds_mask
-        )
+            negative_prompt_embeds = negative_prompt_embeds_mask = None
+        else:
+            if negative_ids is not None:
+                negative_prompt_embeds, negative_prompt_embeds_mask = embed(negative_ids)
+            negative_prompt_embeds, negative_prompt_embeds_mask = repeat(
+                negative_prompt_embeds, negative_prompt_embeds_mask
+            )
         return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
 
     def prepare_latents(

@@ -62,6 +62,13 @@ def test_a_lora_that_does_not_fit_is_refused(t2i_pipeline, lora_path, change, me
         t2i_pipeline().load_lora_weights(lora_path)
 
 
+def test_a_pickle_is_refused(t2i_pipeline, lora_path):
+    with pytest.raises(ValueError, match="lora.bin' is a pickle"):
+        t2i_pipeline().load_lora_weights(lora_path, weight_name="lora.bin")
+    with pytest.raises(ValueError, match="lora.bin' is a pickle"):
+        t2i_pipeline().load_lora_weights(lora_path / "lora.bin")
+
+
 def test_save_pretrained_refuses_an_adapter(t2i_pipeline, lora_path, tmp_path):
     pipeline = t2i_pipeline()
     pipeline.load_lora_weights(lora_path, adapter_name="fox")
