@@ -1,0 +1,60 @@
+import collections
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitdance_diffusers.models.binary_diffusion_head import BinaryDiffusionHead
+
+VIEWS = {"view", "unbind", "split", "transpose", "t", "permute", "select", "slice", "expand", "alias"}
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts what runs, views excepted."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def make_head(use_swiglu=True):
+    torch.manual_seed(0)
+    return BinaryDiffusionHead(8, 24, 32, 6, 2, 16, use_swiglu).eval()
+
+
+@torch.no_grad()
+def test_an_evaluation_launches_few_operators():
+    """A small head is bound by launching them: at most 110 for 6 blocks."""
+    head = make_head()
+    call = {"timestep_embeds": torch.randn(32), "condition_embeds": torch.randn(2, 16, 32)}
+    noisy = torch.randn(2, 16, 8)
+    with CountOperators() as operators:
+        head(noisy, **call)
+    assert sum(operators.counts.values()) <= 110, operators.counts
+
+
+@torch.no_grad()
+def test_projections_made_beforehand_give_the_same():
+    for use_swiglu in (True, False):
+        head = make_head(use_swiglu)
+        noisy, condition, timestep = torch.randn(3, 4, 8), torch.randn(3, 4, 24), torch.rand(3, 1)
+        timestep_embeds, condition_embeds = head(timestep=timestep, condition=condition)
+        assert timestep_embeds.shape == (3, 1, 32) and condition_embeds.shape == (3, 4, 32)
+        hoisted = head(noisy, timestep_embeds=timestep_embeds, condition_embeds=condition_embeds)
+        assert torch.equal(hoisted, head(noisy, timestep=timestep, condition=condition))
+        assert hoisted.abs().max() < 1
+
+
+@torch.no_grad()
+def test_patches_do_not_see_each_other():
+    head = make_head()
+    noisy, condition, timestep = torch.randn(3, 4, 8), torch.randn(3, 4, 24), torch.rand(3, 1)
+    before = head(noisy, timestep=timestep, condition=condition)
+    noisy[1, 2] += 1
+    changed = (head(noisy, timestep=timestep, condition=condition) != before).any(-1)
+    assert changed[1].all() and not changed[0].any() and not changed[2].any()
