@@ -25,7 +25,23 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, patch_size: int, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: the tokenizer lacks a control, size or query token, or has ids that the model does not embed.
+    """
+    sides = [f"<|res_{side}|>" for side in range(1, MAX_SIDE_TOKENS + 1)]
+    queries = [f"<|query_{i}|>" for i in range(1, patch_size**2)]
+    _control_ids(tokenizer, ["<|im_start|>", "<|im_end|>", "<|vision_start|>", *sides, *queries])
+    last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last[1] >= vocab_size:
+        raise ValueError(
+            f"the text tokenizer gives `{last[0]}` the id {last[1]}, but the language model's `vocab_size` is "
+            f"{vocab_size}."
+        )
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, name: str = "prompt") -> list[int]:
     """
     Ids of a prompt in its frame. `user\\n{prompt}` is tokenized as one string, so that line breaks merge as they do in
     the original, and with special tokens split: what looks like a control token in it stays plain text.
@@ -37,7 +53,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"`prompt` holds a lone surrogate at index {error.start}; it has to be valid Unicode."
+            f"`{name}` holds a lone surrogate at index {error.start}; it has to be valid Unicode."
         ) from error
     start, end = _control_ids(tokenizer, ["<|im_start|>", "<|im_end|>"])
     user = _text_ids(tokenizer, f"user\n{prompt}")

@@ -416,7 +416,7 @@ def copy_tokenizer(source: Path, destination: Path) -> PreTrainedTokenizerBase:
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
     try:
-        return AutoTokenizer.from_pretrained(destination, local_files_only=True)
+        return AutoTokenizer.from_pretrained(destination, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries that read these files have no error in common
         raise ValueError(f"{source}: the text tokenizer cannot be loaded: {error}") from error
 

@@ -29,7 +29,6 @@ from checkpoints import (
     write_tensors,
 )
 from convert_tokenizer import match_autoencoder
-from transformers import PreTrainedTokenizerBase
 from weights import (
     language_model_config_from_original,
     transformer_key_to_original,
@@ -37,7 +36,7 @@ from weights import (
 )
 
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTransformer
-from bitdance_diffusers.prompt import MAX_SIDE_TOKENS
+from bitdance_diffusers.prompt import check_tokenizer
 
 # The sizes (height, width) in pixels that the released models were trained on, by the tokens P of a patch.
 _LARGE_SIZES = [[2048, 512], [1920, 512], [1536, 640], [1280, 768], [1152, 896], [1024, 1024]]
@@ -96,26 +95,6 @@ def find_layout(folder: Path) -> Layout:
         f"`--checkpoint_path` {folder} has to be a folder with the original's `vision_head_config.json` or the "
         "community port's `diffusion_head`."
     )
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, patch_size: int, vocab_size: int) -> None:
-    """
-    Raises:
-        ValueError: the tokenizer lacks a control, size or query token, or has ids that the model does not embed.
-    """
-    vocabulary = tokenizer.get_vocab()
-    control_tokens = ["<|im_start|>", "<|im_end|>", "<|vision_start|>"]
-    control_tokens += [f"<|res_{side}|>" for side in range(1, MAX_SIDE_TOKENS + 1)]
-    control_tokens += [f"<|query_{number}|>" for number in range(1, patch_size**2)]
-    for token in control_tokens:
-        if token not in vocabulary:
-            raise ValueError(f"the text tokenizer lacks `{token}`.")
-    last = max(vocabulary, key=vocabulary.__getitem__)
-    if vocabulary[last] >= vocab_size:
-        raise ValueError(
-            f"the text tokenizer gives `{last}` the id {vocabulary[last]}, but the language model's `vocab_size` is "
-            f"{vocab_size}."
-        )
 
 
 def convert_text_to_image(
@@ -184,7 +163,7 @@ def convert_text_to_image(
     with output_folder(output_path) as folder:
         tokenizer = copy_tokenizer(layout.tokenizer, folder / "tokenizer")
         with naming(layout.tokenizer):
-            check_vocabulary(tokenizer, transformer.config.patch_size, transformer.config.vocab_size)
+            check_tokenizer(tokenizer, transformer.config.patch_size, transformer.config.vocab_size)
         pipeline = BitDancePipeline(
             tokenizer,
             vae,

@@ -274,7 +274,11 @@ def language_model_config_from_original(config: Mapping[str, Any]) -> dict[str, 
     fields = _read_fields(config, _LANGUAGE_MODEL_FIELDS)
     layer_types = config.get("layer_types")
     if layer_types is not None:
-        if len(layer_types) != fields["num_layers"] or set(layer_types) != {"full_attention"}:
+        if (
+            not isinstance(layer_types, list)
+            or len(layer_types) != fields["num_layers"]
+            or set(layer_types) != {"full_attention"}
+        ):
             raise ValueError(
                 f"`layer_types` is {layer_types!r}; the transformer supports only 'full_attention', for each of the "
                 f"`num_hidden_layers` ({fields['num_layers']})."
@@ -286,6 +290,8 @@ def _read_rope_theta(config: Mapping[str, Any]) -> float:
     """The base of the rotary embedding: at the top in transformers 4, in `rope_parameters` in transformers 5."""
     for name in ("rope_parameters", "rope_scaling"):
         rope = config.get(name) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"`{name}` is {rope!r}; it has to be an object.")
         if rope.get("rope_type", "default") != "default" or not set(rope) <= {"rope_theta", "rope_type"}:
             raise ValueError(f"`{name}` is {rope!r}; the transformer supports only the default rotary embedding.")
     given = [fields for fields in (config.get("rope_parameters") or {}, config) if "rope_theta" in fields] or [config]

@@ -17,20 +17,22 @@ class CheckedLoadingMixin:
     @classmethod
     def from_config(cls, config: FrozenDict | dict, return_unused_kwargs: bool = False, **kwargs):
         # What the config may hold beside __init__'s parameters: private entries and a quantization that was saved.
-        known = {*inspect.signature(cls.__init__).parameters, "quantization_config"}
+        known = {*inspect.signature(cls.__init__).parameters, "quantization_config"} - {"self"}
         unknown = sorted(name for name in config if name not in known and not name.startswith("_"))
         if unknown:
             raise ValueError(f"{cls.__name__}: unknown fields in the config: {unknown}; known are {sorted(known)}.")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
-    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, path, loaded_keys, *args, **kwargs):
         if kwargs.get("hf_quantizer") is None:
-            _compare_headers(cls.__name__, model, resolved_model_file)
-        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
+            _compare_headers(cls.__name__, model, resolved_model_file, loaded_keys)
+        return super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, path, loaded_keys, *args, **kwargs
+        )
 
 
-def _compare_headers(name: str, model, files: list[str]) -> None:
+def _compare_headers(name: str, model, files: list[str], indexed: list[str]) -> None:
     expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {}
     for file in files:
@@ -38,11 +40,17 @@ def _compare_headers(name: str, model, files: list[str]) -> None:
             raise ValueError(f"{name}: {file!r} is a pickle; weights load from safetensors files only.")
         try:
             with safe_open(file, framework="pt") as handle:
-                found.update({key: (file, handle.get_slice(key).get_shape()) for key in handle.keys()})
+                headers = {key: handle.get_slice(key) for key in handle.keys()}
+                found.update({key: (file, one.get_shape(), one.get_dtype()) for key, one in headers.items()})
         except SafetensorError as error:
             raise OSError(f"{name}: {file!r} is damaged or cut short: {error}") from error
     problems = [f"{key!r} is missing from {', '.join(map(str, files))}" for key in expected if key not in found]
-    for key, (file, shape) in found.items():
+    problems += [f"{key!r} is in the index but in no file" for key in indexed if key not in found]
+    for key, (file, shape, dtype) in found.items():
+        if key not in indexed:
+            problems.append(f"{key!r} in {file} is missing from the index")
+        if "F" not in dtype:
+            problems.append(f"{key!r} in {file} holds {dtype}, no floating-point numbers")
         if key not in expected:
             problems.append(f"{key!r} in {file} is unknown to the model")
         elif shape != expected[key]:

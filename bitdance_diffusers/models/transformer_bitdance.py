@@ -5,6 +5,8 @@ fed back, P = p * p tokens a patch, C bits a token, D width, G width of the head
 """
 
 import functools
+import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,12 +115,14 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
     ):
         super().__init__()
         sizes = dict(self.config)
-        for name in ("rope_theta", "norm_eps"):
-            if not sizes[name] > 0:
-                raise ValueError(f"`{name}` is {sizes[name]}; it has to be positive.")
-        for name, value in sizes.items():
-            if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_") and value < 1:
-                raise ValueError(f"`{name}` is {value}; it has to be a positive integer.")
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            kind, value = type(parameter.default), sizes.get(name)
+            if kind is bool and not isinstance(value, bool):
+                raise ValueError(f"`{name}` is {value!r}; it has to be true or false.")
+            if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` is {value!r}; it has to be a positive integer.")
+            if kind is float and (not isinstance(value, (int, float)) or not 0 < value < math.inf):
+                raise ValueError(f"`{name}` is {value!r}; it has to be a positive number.")
         for whole, part in (
             ("num_attention_heads", "num_key_value_heads"),
             ("head_num_layers", "head_num_modulations"),

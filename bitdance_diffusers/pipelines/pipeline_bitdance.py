@@ -18,7 +18,7 @@ from ..loaders.lora import BitDanceLoraLoaderMixin
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance import BitDanceTransformer
 from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
-from ..prompt import picture_start_ids, prompt_ids, unconditional_ids
+from ..prompt import check_tokenizer, picture_start_ids, prompt_ids, unconditional_ids
 from ..sampling import denoise_patch, draw_patch_noise
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 from .pipeline_output import BitDancePipelineOutput
@@ -62,6 +62,22 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         supported_sizes: list[list[int]] | None = None,
     ):
         super().__init__()
+        for name, value in (
+            ("default_height", default_height),
+            ("default_width", default_width),
+            ("default_num_inference_steps", default_num_inference_steps),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}; it has to be a positive integer.")
+        if not isinstance(default_guidance_scale, (int, float)) or not 0 <= default_guidance_scale < float("inf"):
+            raise ValueError(
+                f"`default_guidance_scale` is {default_guidance_scale!r}; it has to be finite and not negative."
+            )
+        if supported_sizes is not None:
+            if not isinstance(supported_sizes, (list, tuple)) or not all(
+                isinstance(size, (list, tuple)) and len(size) == 2 for size in supported_sizes
+            ):
+                raise ValueError(f"`supported_sizes` is {supported_sizes!r}; it has to be a list of [height, width].")
         self.register_modules(tokenizer=tokenizer, vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
             default_height=default_height,
@@ -79,6 +95,8 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                     f"`vae` writes {code_bits} bits a token (`latent_channels`) but `transformer` reads {read_bits} "
                     "(`in_channels`); they belong to different checkpoints."
                 )
+        if getattr(self, "tokenizer", None) and getattr(self, "transformer", None):
+            check_tokenizer(self.tokenizer, self.transformer.config.patch_size, self.transformer.config.vocab_size)
 
     def check_inputs(
         self,
@@ -96,7 +114,9 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         negative_prompt_embeds: torch.Tensor | None,
         negative_prompt_embeds_mask: torch.Tensor | None,
         output_type: str,
+        callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
+        attention_kwargs: dict[str, Any] | None,
         max_sequence_length: int,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
@@ -118,6 +138,14 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             raise ValueError(f"`guidance_scale` is {guidance_scale}; it has to be finite and not negative.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"`callback_on_step_end` is {callback_on_step_end!r}; it has to be a function.")
+        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+            raise TypeError(f"`attention_kwargs` is {attention_kwargs!r}; it has to be a dictionary.")
+        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+            raise TypeError(
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs!r}; it has to be a list."
+            )
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -138,7 +166,19 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                 others = [entry for entry in text if not isinstance(entry, str)]
                 if others:
                     raise TypeError(f"`{side}prompt` holds {others[0]!r}; it has to be a string or a list of strings.")
+            for name, tensor in ((f"{side}prompt_embeds", embeds), (f"{side}prompt_embeds_mask", mask)):
+                if tensor is not None and not isinstance(tensor, torch.Tensor):
+                    raise TypeError(f"`{name}` is a {type(tensor).__name__}; it has to be a tensor.")
+            if mask is not None and embeds is None:
+                raise ValueError(f"`{side}prompt_embeds_mask` is given without `{side}prompt_embeds`.")
             if embeds is not None:
+                if not embeds.is_floating_point():
+                    raise TypeError(f"`{side}prompt_embeds` is of {embeds.dtype}; it has to be of a float type.")
+                if embeds.shape[1:2] and embeds.shape[1] > max_sequence_length:
+                    raise ValueError(
+                        f"`{side}prompt_embeds` has {embeds.shape[1]} tokens; `max_sequence_length` allows "
+                        f"{max_sequence_length}."
+                    )
                 width_asked = self.transformer.config.hidden_size
                 if embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != width_asked:
                     raise ValueError(
@@ -146,10 +186,10 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                         f"{width_asked})."
                     )
             if mask is not None:
-                if embeds is None or mask.shape != embeds.shape[:2]:
+                if mask.shape != embeds.shape[:2]:
                     raise ValueError(
                         f"`{side}prompt_embeds_mask` has shape {tuple(mask.shape)}; it has to be the first two sizes "
-                        f"of `{side}prompt_embeds`, {None if embeds is None else tuple(embeds.shape[:2])}."
+                        f"of `{side}prompt_embeds`, {tuple(embeds.shape[:2])}."
                     )
                 if not bool(mask.bool()[:, -1].all()) or bool((mask.bool().int().diff(dim=1) < 0).any()):
                     raise ValueError(
@@ -187,6 +227,9 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             )
 
         if latents is not None:
+            if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+                kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+                raise TypeError(f"`latents` is of {kind}; it has to be a tensor of a float type.")
             shape = (
                 num_images,
                 self.transformer.config.in_channels,
@@ -251,7 +294,7 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             rows = []
             for text in texts:
                 framed = text != "" or user_frame_of_empty
-                rows.append(prompt_ids(self.tokenizer, text) if framed else unconditional_ids(self.tokenizer))
+                rows.append(prompt_ids(self.tokenizer, text, name) if framed else unconditional_ids(self.tokenizer))
                 if len(rows[-1]) > max_sequence_length:
                     raise ValueError(
                         f"`{name}` is {len(rows[-1])} tokens long in its frame; `max_sequence_length` allows "
@@ -418,7 +461,9 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             negative_prompt_embeds,
             negative_prompt_embeds_mask,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            attention_kwargs,
             max_sequence_length,
         )
         supported = self.config.supported_sizes
@@ -449,7 +494,6 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         batch_size = prompt_embeds.shape[0]
         text_embeds, text_mask = prompt_embeds, prompt_embeds_mask  # (R, L, D), (R, L); R rows
         if guided:
-            longest = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])
             texts = (prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)
             longest = max(mask.shape[1] for _, mask in texts)
             text_embeds = torch.cat([pad(embeds, (0, 0, longest - embeds.shape[1], 0)) for embeds, _ in texts])

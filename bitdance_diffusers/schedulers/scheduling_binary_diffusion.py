@@ -8,6 +8,7 @@ clean code x. Sampling follows the stochastic differential equation
 to t = 0.95, and ends with one more prediction, which is the sample.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +81,14 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         logit_std: float = 0.8,
         solver_type: str = "euler_maruyama",
     ):
-        if not shift > 0:
-            raise ValueError(f"`shift` is {shift}; it has to be positive.")
+        for name, value, least in (
+            ("shift", shift, 0),
+            ("logit_mean", logit_mean, -math.inf),
+            ("logit_std", logit_std, 0),
+        ):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not least < value < math.inf:
+                raise ValueError(f"`{name}` is {value!r}; it has to be a finite number greater than {least}.")
         if timestep_sampling not in ("logit_normal", "uniform"):
             raise ValueError(
                 f"`timestep_sampling` is {timestep_sampling!r}; allowed are 'logit_normal' and 'uniform'."

@@ -235,7 +235,7 @@ BAD_CONFIGS = [
     ),
     ("vision_head_config.json", {"parallel_num": 5}, "`parallel_num` is 5; it has to be a square"),
     ("vision_head_config.json", {"parallel_num": -4}, "`parallel_num` is -4; it has to be a square"),
-    ("vision_head_config.json", {"parallel_num": 16}, r"lacks `<\|query_4\|>`"),
+    ("vision_head_config.json", {"parallel_num": 16}, r"lacks the control tokens \['<\|query_4\|>'"),
     ("vision_head_config.json", {"use_swiglu": "yes"}, "`use_swiglu` is 'yes'"),
     ("vision_head_config.json", {"use_swiglu": False}, "`net.res_blocks.0.mlp.0.weight` is missing"),
     ("vision_head_config.json", {"time_schedule": "cosine"}, "'cosine'"),

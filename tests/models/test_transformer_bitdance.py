@@ -296,6 +296,26 @@ class TestDamagedCheckpoints:
         with pytest.raises(ValueError, match="diffusion_pytorch_model.bin' is a pickle"):
             BitDanceTransformer.from_pretrained(folder)
 
+    @pytest.mark.parametrize("change, message", [("pop", "missing from the index"), ("add", "'foo' is in the index")])
+    def test_index_that_does_not_say_what_the_shards_hold(self, folder, change, message):
+        shutil.rmtree(folder)
+        tiny_transformer().save_pretrained(folder, max_shard_size="50KB")
+        index = folder / f"{self.FILE}.index.json"
+        content = json.loads(index.read_text())
+        name = content["weight_map"]["embed_tokens.weight"]
+        if change == "pop":
+            del content["weight_map"]["embed_tokens.weight"]
+        else:
+            content["weight_map"]["foo"] = name
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            BitDanceTransformer.from_pretrained(folder)
+
+    def test_integers_are_no_weights(self, folder):
+        self.edit(folder, lambda tensors: tensors.update({"norm_out.weight": torch.ones(32, dtype=torch.int32)}))
+        with pytest.raises(ValueError, match="'norm_out.weight' in .* holds I32"):
+            BitDanceTransformer.from_pretrained(folder)
+
     def test_unknown_config_field(self, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"num_leyers": 3}))
@@ -316,6 +336,9 @@ class TestDamagedCheckpoints:
         ({"hidden_size": 30}, "`hidden_size` is 30"),
         ({"attention_head_dim": 7}, "`attention_head_dim` is 7"),
         ({"rope_theta": 0.0}, "`rope_theta` is 0.0"),
+        ({"rope_theta": float("inf")}, "`rope_theta` is inf"),
+        ({"hidden_size": "64"}, "`hidden_size` is '64'"),
+        ({"head_use_swiglu": "no"}, "`head_use_swiglu` is 'no'"),
     ],
 )
 def test_contradicting_config(changes, message):

@@ -356,6 +356,27 @@ class TestSaveAndLoad:
             BitDancePipeline(**parts)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"default_height": 0}, "`default_height` is 0"),
+        ({"default_num_inference_steps": "3"}, "`default_num_inference_steps` is '3'"),
+        ({"default_guidance_scale": "x"}, "`default_guidance_scale` is 'x'"),
+        ({"supported_sizes": [3]}, r"`supported_sizes` is \[3\]"),
+    ],
+)
+def test_contradicting_defaults_are_refused_at_load(t2i_pipeline_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        BitDancePipeline.from_pretrained(t2i_pipeline_path, **changes)
+
+
+def test_a_text_tokenizer_of_another_checkpoint_is_refused(t2i_pipeline):
+    parts = t2i_pipeline().components
+    parts["transformer"].register_to_config(patch_size=4)
+    with pytest.raises(ValueError, match="query_4"):
+        BitDancePipeline(**parts)
+
+
 class TestBadInput:
     """A ValueError or TypeError that names the argument, before any weight is touched."""
 
@@ -421,6 +442,18 @@ class TestBadInput:
             (ValueError, "undecoded patch before", {"latents": LATENTS * torch.tensor([0.0, 0, 1, 1])}),
             (ValueError, "partly decoded", {"latents": LATENTS * torch.tensor([1.0, 0, 0, 0])}),
             (ValueError, "names \\['bits'\\]", {"callback_on_step_end_tensor_inputs": ["bits"]}),
+            (
+                TypeError,
+                "`callback_on_step_end_tensor_inputs` is 'latents'",
+                {"callback_on_step_end_tensor_inputs": "latents"},
+            ),
+            (TypeError, "`callback_on_step_end` is 3", {"callback_on_step_end": 3}),
+            (TypeError, "`attention_kwargs` is 'x'", {"attention_kwargs": "x"}),
+            (TypeError, "`latents` is of list", {"latents": [[1]]}),
+            (TypeError, "`latents` is of torch.bool", {"latents": LATENTS > 0}),
+            (TypeError, "`prompt_embeds` is a list", {"prompt": None, "prompt_embeds": [1]}),
+            (ValueError, "`prompt_embeds_mask` is given without", {"prompt_embeds_mask": torch.ones(1, 3)}),
+            (ValueError, "`negative_prompt` holds a lone surrogate", {"negative_prompt": "\udc00"}),
         ],
     )
     def test_refused(self, pipeline, error, message, call):

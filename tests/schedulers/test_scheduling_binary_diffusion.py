@@ -140,6 +140,9 @@ def test_loss_weight_is_that_of_velocities():
     "config, message",
     [
         ({"shift": 0.0}, "`shift` is 0.0"),
+        ({"shift": float("inf")}, "`shift` is inf"),
+        ({"logit_std": -1}, "`logit_std` is -1"),
+        ({"logit_mean": "a"}, "`logit_mean` is 'a'"),
         ({"solver_type": "heun"}, "`solver_type` is 'heun'; allowed are 'euler_maruyama'"),
         ({"timestep_sampling": "normal"}, "`timestep_sampling` is 'normal'"),
     ],
