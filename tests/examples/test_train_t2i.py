@@ -356,3 +356,73 @@ def test_four_pictures_are_reproduced(fresh_pipeline):
         output_type="latent",
     ).images
     assert (drawn == code).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pretrained_model_name_or_path": None}, "missing is --transformer_config, --vae_path, --tokenizer_path"),
+        ({"vae_path": "vae"}, "excludes --vae_path"),
+        ({"icons": 4}, "--train_data_dir, --icons"),
+        ({"icon_weights": "counting=2"}, "--icons, which is not given"),
+        ({"train_data_dir": None, "icons": 4, "icon_weights": "counting"}, "CATEGORY=WEIGHT"),
+        ({"cache_codes": True}, "needs --center_crop"),
+        ({"cache_codes": True, "center_crop": True, "random_flip": True}, "excludes --random_flip"),
+        ({"lr_scheduler": "cosine", "lr_decay_steps": 2}, "needs a constant --lr_scheduler, not cosine"),
+        ({"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts has to be in"),
+        ({"bit_flip_probability": -1}, "--bit_flip_probability"),
+        ({"diff_batch_mul": 0}, "--diff_batch_mul has to be at least 1 but is 0"),
+        ({"text_loss_weight": -1}, "--text_loss_weight"),
+    ],
+)
+def test_bad_arguments(arguments, capsys, options, message):
+    with pytest.raises(SystemExit):
+        train_t2i.parse_args(arguments("out", **options))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 20}, "--resolution 20 has to be a multiple of 8: 4 pixels a token, 2 tokens"),
+        ({"text_loss_weight": 0.1}, "--text_loss_weight 0.1 needs a transformer with an `lm_head`"),
+        ({"caption_column": "caption"}, "has no column 'caption'"),
+        ({"train_data_dir": "absent"}, "absent does not exist"),
+        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+    ],
+)
+def test_bad_arguments_that_only_the_files_show(train, workplace, options, message):
+    with pytest.raises(ValueError, match=message):
+        train("out", **options)
+    assert not (workplace / "out").exists()
+
+
+def test_a_text_tokenizer_larger_than_the_vocabulary(train, scratch):
+    config = json.loads(scratch["transformer_config"].read_text(encoding="utf-8"))
+    scratch["transformer_config"].write_text(json.dumps(config | {"vocab_size": 100}), encoding="utf-8")
+    with pytest.raises(ValueError, match="`vocab_size` is 100"):
+        train("out", **scratch)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file_name": "3.png", "text": 3}', "'text' has to be text but is 3"),
+        ('{"file_name": "absent.png", "text": "a"}', "absent.png cannot be read"),
+        ('{"file_name": "broken.png", "text": "a"}', "broken.png cannot be read"),
+    ],
+)
+def test_bad_captions_and_pictures(train, workplace, line, message):
+    (workplace / "pictures" / "broken.png").write_bytes(b"no picture")
+    with (workplace / "pictures" / "metadata.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n" + line)
+    with pytest.raises(ValueError, match=message):
+        train("out")
+
+
+def test_another_run_in_the_output_folder(train):
+    train("out", max_train_steps=2)
+    with pytest.raises(ValueError, match="holds another run"):
+        train("out", max_train_steps=2)
+    with pytest.raises(ValueError, match="another configuration .*learning_rate"):
+        train("out", max_train_steps=4, learning_rate=2e-3, resume_from_checkpoint="latest")
