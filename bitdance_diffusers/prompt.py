@@ -12,13 +12,13 @@ MAX_SIDE_TOKENS = 256  # <|res_1|> .. <|res_256|>
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in tokens if token not in vocabulary]
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    missing = [token for token, i in zip(tokens, ids, strict=True) if i is None or i == tokenizer.unk_token_id]
     if missing:
         raise ValueError(
             f"`tokenizer` lacks the control tokens {missing}; it does not belong to a BitDance checkpoint."
         )
-    return [vocabulary[token] for token in tokens]
+    return ids
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
