@@ -65,7 +65,6 @@ def load_pipeline(model: str, dtype: str | None, device: str | None) -> BitDance
         pipe = BitDancePipeline.from_pretrained(model, dtype=weights_dtype).to(torch_device)
     except OSError as error:  # what Diffusers raises for a repository or a file that is not there
         raise ValueError(f"`model` cannot be loaded: {error}") from error
-    pipe.vae.enable_slicing()  # a picture then does not depend on its neighbours in the batch, in any bit
     return pipe
 
 

@@ -64,7 +64,7 @@ def test_a_pickle_without_its_discriminator(pickled, tmp_path, case_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickles_of_either_container(pickled, tmp_path, zipped):
     file, config = pickled
-    torch.save(torch.load(file), file, _use_new_zipfile_serialization=zipped)
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=zipped)
     convert_tokenizer(file, tmp_path / "tokenizer", config)
     assert BitDanceTokenizer.from_pretrained(tmp_path / "tokenizer").config.latent_channels == 8
 
@@ -83,7 +83,7 @@ def test_the_settings_of_a_pickle_are_the_releases_by_default(pickled, tmp_path)
 @pytest.mark.parametrize("stochastic", [True, False])
 def test_without_gan_decoder_the_weights_tell(pickled, tmp_path, stochastic):
     file, config = pickled
-    weights = torch.load(file)["state_dict"]
+    weights = torch.load(file, weights_only=True)["state_dict"]
     if stochastic:
         weights["decoder.conv_in.weight"] = torch.cat([weights["decoder.conv_in.weight"]] * 2, dim=1)
     torch.save({"state_dict": weights}, file)
@@ -93,7 +93,7 @@ def test_without_gan_decoder_the_weights_tell(pickled, tmp_path, stochastic):
 
 def test_tensors_that_are_views_or_parameters(pickled, tmp_path):
     file, config = pickled
-    weights = torch.load(file)["state_dict"]
+    weights = torch.load(file, weights_only=True)["state_dict"]
     expected = weights["encoder.conv_in.weight"].clone()
     weights["encoder.conv_in.weight"] = torch.nn.Parameter(torch.stack([expected] * 2, dim=-1)[..., 1])
     torch.save({"state_dict": weights}, file)
@@ -112,7 +112,9 @@ class RunsCode:
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(pickled, tmp_path):
     file, config = pickled
-    torch.save({"state_dict": torch.load(file)["state_dict"], "more": RunsCode(tmp_path / "run")}, file)
+    torch.save(
+        {"state_dict": torch.load(file, weights_only=True)["state_dict"], "more": RunsCode(tmp_path / "run")}, file
+    )
     assert_refused("ae.pt is refused: it is damaged or holds more", tmp_path, file, tmp_path / "tokenizer", config)
 
 
@@ -135,7 +137,7 @@ def test_pickles_that_hold_something_else_are_refused(pickled, tmp_path, state_d
 )
 def test_entries_of_a_pickle_that_do_not_fit_are_refused(pickled, tmp_path, value, message):
     file, config = pickled
-    weights = {**torch.load(file)["state_dict"], "encoder.conv_in.weight": value}
+    weights = {**torch.load(file, weights_only=True)["state_dict"], "encoder.conv_in.weight": value}
     torch.save({"state_dict": weights}, file)
     assert_refused(f"ae.pt.*{message}", tmp_path, file, tmp_path / "tokenizer", config)
 
