@@ -7,6 +7,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .models.autoencoder_bitdance import BitDanceTokenizer
 from .models.transformer_bitdance import BitDanceTransformer
+from .models.transformer_bitdance_class import BitDanceClassTransformer
 from .pipelines.pipeline_bitdance import BitDancePipeline
 from .pipelines.pipeline_output import BitDancePipelineOutput
 from .schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
@@ -14,6 +15,7 @@ from .schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 __version__ = "0.1.0"
 __all__ = [
     "BinaryDiffusionScheduler",
+    "BitDanceClassTransformer",
     "BitDancePipeline",
     "BitDancePipelineOutput",
     "BitDanceTokenizer",
@@ -27,6 +29,12 @@ LOADABLE_CLASSES["bitdance_diffusers"] = {
     "SchedulerMixin": ["save_pretrained", "from_pretrained"],
 }
 # `DiffusionPipeline.from_pretrained`, `AutoModel` and `AutoPipelineForText2Image` look classes up on `diffusers`.
-for _class in (BitDancePipeline, BitDanceTokenizer, BitDanceTransformer, BinaryDiffusionScheduler):
+for _class in (
+    BitDancePipeline,
+    BitDanceTokenizer,
+    BitDanceTransformer,
+    BitDanceClassTransformer,
+    BinaryDiffusionScheduler,
+):
     setattr(diffusers, _class.__name__, _class)
 AUTO_TEXT2IMAGE_PIPELINES_MAPPING["bitdance"] = BitDancePipeline

@@ -65,14 +65,14 @@ class BinaryDiffusionHeadAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states)
 
 
-class BinaryDiffusionHeadFeedForward(nn.Module):
-    """SwiGLU with a fused (gate, up) projection, or a plain SiLU layer; hidden width int(1.5 G)."""
+class FeedForward(nn.Module):
+    """SwiGLU with a fused (gate, up) projection, or a plain SiLU layer; inner width int(1.5 * dim)."""
 
-    def __init__(self, dim: int, use_swiglu: bool):
+    def __init__(self, in_dim: int, dim: int, use_swiglu: bool):
         super().__init__()
         hidden_dim = int(1.5 * dim)
         self.use_swiglu = use_swiglu
-        self.linear_in = nn.Linear(dim, 2 * hidden_dim if use_swiglu else hidden_dim)
+        self.linear_in = nn.Linear(in_dim, 2 * hidden_dim if use_swiglu else hidden_dim)
         self.linear_out = nn.Linear(hidden_dim, dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -86,18 +86,35 @@ class BinaryDiffusionHeadFeedForward(nn.Module):
 class BinaryDiffusionHeadBlock(nn.Module):
     """Attention and feed-forward, each modulated and gated: six chunks of the modulation, (R, P, 6 G)."""
 
+    num_modulation_chunks = 6
+
     def __init__(self, dim: int, dim_head: int, use_swiglu: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = BinaryDiffusionHeadAttention(dim, dim_head)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.ff = BinaryDiffusionHeadFeedForward(dim, use_swiglu)
+        self.ff = FeedForward(dim, dim, use_swiglu)
 
     def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         attended = self.attn(modulate(self.norm1(hidden_states), scale1, shift1))
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
         return torch.addcmul(hidden_states, gate2, self.ff(modulate(self.norm2(hidden_states), scale2, shift2)))
+
+
+class BinaryDiffusionHeadMLPBlock(nn.Module):
+    """A feed-forward layer, modulated and gated: three chunks of the modulation, (R, P, 3 G). No token sees another."""
+
+    num_modulation_chunks = 3
+
+    def __init__(self, dim: int, use_swiglu: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.ff = FeedForward(dim, dim, use_swiglu)
+
+    def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        scale, shift, gate = modulation.chunk(3, dim=-1)
+        return torch.addcmul(hidden_states, gate, self.ff(modulate(self.norm(hidden_states), scale, shift)))
 
 
 class BinaryDiffusionHeadNormOut(nn.Module):
@@ -123,8 +140,10 @@ class BinaryDiffusionHead(nn.Module):
         dim (`int`): G, width of the head.
         num_layers (`int`): blocks.
         num_modulations (`int`): modulation layers; consecutive blocks share one. Divides `num_layers`.
-        dim_head (`int`): width of an attention head; divides `dim`.
+        dim_head (`int`, *optional*): width of an attention head; divides `dim`. None leaves attention out, so that
+            every token is denoised for itself: the form for P = 1.
         use_swiglu (`bool`): gated feed-forward layers.
+        bounded (`bool`): the prediction is squashed into (-1, 1), as in the text-to-image models.
     """
 
     def __init__(
@@ -134,15 +153,22 @@ class BinaryDiffusionHead(nn.Module):
         dim: int,
         num_layers: int,
         num_modulations: int,
-        dim_head: int,
-        use_swiglu: bool,
+        dim_head: int | None,
+        use_swiglu: bool = True,
+        bounded: bool = True,
     ):
         super().__init__()
+        if dim_head is None:
+            blocks = [BinaryDiffusionHeadMLPBlock(dim, use_swiglu) for _ in range(num_layers)]
+        else:
+            blocks = [BinaryDiffusionHeadBlock(dim, dim_head, use_swiglu) for _ in range(num_layers)]
+        modulation_dim = blocks[0].num_modulation_chunks * dim
+        self.bounded = bounded
         self.proj_in = nn.Linear(in_channels, dim)
         self.condition_proj = nn.Linear(condition_dim, dim)
         self.time_embed = TimestepEmbedding(TIMESTEP_FEATURES, dim)
-        self.modulations = nn.ModuleList([nn.Linear(dim, 6 * dim) for _ in range(num_modulations)])
-        self.blocks = nn.ModuleList([BinaryDiffusionHeadBlock(dim, dim_head, use_swiglu) for _ in range(num_layers)])
+        self.modulations = nn.ModuleList([nn.Linear(dim, modulation_dim) for _ in range(num_modulations)])
+        self.blocks = nn.ModuleList(blocks)
         self.norm_out = BinaryDiffusionHeadNormOut(dim)
         self.proj_out = nn.Linear(dim, in_channels)
         self.gradient_checkpointing = False
@@ -164,7 +190,7 @@ class BinaryDiffusionHead(nn.Module):
             timestep_embeds (..., G), condition_embeds (R, P, G): what an earlier call returned, in place of the two.
 
         Returns:
-            (R, P, C): the predicted clean bits in (-1, 1).
+            (R, P, C): the predicted clean bits, in (-1, 1) if the head is `bounded`.
         """
         if condition is not None:
             condition_embeds = self.condition_proj(condition)
@@ -178,10 +204,30 @@ class BinaryDiffusionHead(nn.Module):
         blocks_per_modulation = len(self.blocks) // len(self.modulations)
         for i, block in enumerate(self.blocks):
             if i % blocks_per_modulation == 0:
-                modulation = self.modulations[i // blocks_per_modulation](embeds)  # (R, P, 6 G)
+                modulation = self.modulations[i // blocks_per_modulation](embeds)  # (R, P, 6 G or 3 G)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, modulation)
             else:
                 hidden_states = block(hidden_states, modulation)
         prediction = self.proj_out(self.norm_out(hidden_states, embeds))
-        return 2 * torch.sigmoid(prediction) - 1
+        return 2 * torch.sigmoid(prediction) - 1 if self.bounded else prediction
+
+
+def predict_patches(
+    head: BinaryDiffusionHead, noisy_code: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor
+) -> torch.Tensor:
+    """
+    The head on all patches of a batch at once, each a row of its own to it, as training does.
+
+    Args:
+        noisy_code (R * B, M, P, C): noisy bits, R draws of noise per patch, the batch repeated whole.
+        timestep (R * B, M): times in [0, 1].
+        condition (B, M, P, D).
+
+    Returns:
+        (R * B, M, P, C): the predicted clean bits.
+    """
+    num_draws = noisy_code.shape[0] // condition.shape[0]
+    rows = condition.repeat(num_draws, 1, 1, 1).flatten(0, 1)  # (R * B * M, P, D)
+    sample = head(noisy_code.flatten(0, 1), timestep=timestep.flatten()[:, None], condition=rows)
+    return sample.unflatten(0, noisy_code.shape[:2])

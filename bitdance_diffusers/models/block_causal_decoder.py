@@ -116,6 +116,19 @@ def rotary_1d(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[
     return angles.cos(), angles.sin()
 
 
+def rotary_2d(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (cos, sin) of a half-split 2-D rotary embedding in float32, each (..., head_dim), for (row, column) of shape
+    (..., 2): of the channels' head_dim / 2 pairs, the first half turns with the column, the second with the row, by
+    `(index + 1.5) * theta^(-2k / (head_dim / 2))`.
+    """
+    half = head_dim // 2
+    exponent = torch.arange(0, half, 2, dtype=torch.float32, device=positions.device) / half
+    angles = (positions.flip(-1)[..., None] + 1.5) * (1.0 / theta**exponent)  # (..., 2, head_dim / 4), column first
+    angles = torch.cat([angles.flatten(-2)] * 2, dim=-1)
+    return angles.cos(), angles.sin()
+
+
 def apply_rotary(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotate (B, S, H, d) by (cos, sin) of shape (B, S, d), pairing channel i with i + d / 2."""
     cos, sin = rotary
@@ -279,3 +292,43 @@ class BlockCausalDecoderLayer(nn.Module):
             block_size=block_size,
         )
         return hidden_states + self.ff(self.norm2(hidden_states))
+
+
+class BlockCausalDecoder(nn.ModuleList):
+    """The stack of layers. The arguments after `num_layers` are those of a layer."""
+
+    def __init__(self, num_layers: int, *args, **kwargs):
+        super().__init__([BlockCausalDecoderLayer(*args, **kwargs) for _ in range(num_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        kv_cache: StaticKVCache | None,
+        block_size: int,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (B, S, D): the tokens of this call.
+            rotary: (cos, sin), each (B, S, d) or (1, S, d); with a cache in the order of its rows.
+            attention_mask: [`block_causal_mask`] of a whole sequence; None with a cache.
+            kv_cache: extended by S; rows of one length stand together in it.
+            block_size: the last so many tokens of the call see each other, those before them are causal (with a
+                cache).
+        """
+        if kv_cache is not None:
+            hidden_states = hidden_states[kv_cache.row_order]
+        if hidden_states.shape[1] > block_size and not torch.compiler.is_compiling():
+            for tensor in (hidden_states, *rotary):  # layers compiled alone take texts of any length
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for i, layer in enumerate(self):
+            layer_cache = None if kv_cache is None else kv_cache.layers[i]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    layer, hidden_states, rotary, attention_mask, layer_cache, block_size
+                )
+            else:
+                hidden_states = layer(hidden_states, rotary, attention_mask, layer_cache, block_size)
+        return hidden_states if kv_cache is None else hidden_states[kv_cache.row_places]

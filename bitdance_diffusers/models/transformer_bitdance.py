@@ -4,46 +4,18 @@ Shapes: B rows, L text tokens (prompt frame, size tokens and P - 1 query tokens)
 fed back, P = p * p tokens a patch, C bits a token, D width, G width of the head.
 """
 
-import functools
-import inspect
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from .binary_diffusion_head import BinaryDiffusionHead
-from .block_causal_decoder import BlockCausalDecoderLayer, StaticKVCache, block_causal_mask, rotary_1d
-from .checked_loading import CheckedLoadingMixin
-
-
-@dataclass
-class BitDanceTransformerOutput(BaseOutput):
-    """
-    What a call of [`BitDanceTransformer`] computed; what it did not is `None`.
-
-    Args:
-        sample (R, P, C) or (B, M, P, C): predicted clean bits in (-1, 1).
-        condition (B, K, P, D): the head's condition, one for each of the last K blocks.
-        condition_embeds (B, K, P, G): the condition as the head projects it.
-        timestep_embeds (..., G): the times as the head projects them.
-        inputs_embeds (B, L, D): embedded token ids.
-        text_logits (B, L, vocab_size): next-token logits of the text part.
-    """
-
-    sample: torch.Tensor | None = None
-    condition: torch.Tensor | None = None
-    condition_embeds: torch.Tensor | None = None
-    timestep_embeds: torch.Tensor | None = None
-    inputs_embeds: torch.Tensor | None = None
-    text_logits: torch.Tensor | None = None
+from .binary_diffusion_head import BinaryDiffusionHead, predict_patches
+from .block_causal_decoder import BlockCausalDecoder, StaticKVCache, block_causal_mask, rotary_1d
+from .transformer_mixin import BitDanceTransformerMixin, BitDanceTransformerOutput
 
 
 def sincos_2d(positions: torch.Tensor, dim: int) -> torch.Tensor:
@@ -59,7 +31,7 @@ def sincos_2d(positions: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
-class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
     """
     The text-to-image transformer of BitDance (arXiv 2602.14041): a decoder-only language model (Qwen3's
     architecture), a projector that feeds finished patches back, and the binary diffusion head.
@@ -80,16 +52,7 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         use_lm_head (`bool`): keep the language model's output layer. Only the text loss of training uses it.
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["BlockCausalDecoderLayer", "BinaryDiffusionHeadBlock", "BinaryDiffusionHeadNormOut"]
-    _repeated_blocks = ["BlockCausalDecoderLayer", "BinaryDiffusionHeadBlock"]
     _skip_layerwise_casting_patterns = ["embed_tokens", "norm", "time_embed", "proj_in", "proj_out", "condition_proj"]
-    _skip_keys = ["kv_cache"]
-    _group_offload_block_modules = ["head"]
-
-    # Of AttentionMixin all but `fuse_qkv_projections`: the head's projections always are one, `to_qkv`.
-    attn_processors = AttentionMixin.attn_processors
-    set_attn_processor = AttentionMixin.set_attn_processor
 
     @register_to_config
     def __init__(
@@ -114,22 +77,11 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         use_lm_head: bool = False,
     ):
         super().__init__()
-        sizes = dict(self.config)
-        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
-            kind, value = type(parameter.default), sizes.get(name)
-            if kind is bool and not isinstance(value, bool):
-                raise ValueError(f"`{name}` is {value!r}; it has to be true or false.")
-            if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"`{name}` is {value!r}; it has to be a positive integer.")
-            if kind is float and (not isinstance(value, (int, float)) or not 0 < value < math.inf):
-                raise ValueError(f"`{name}` is {value!r}; it has to be a positive number.")
-        for whole, part in (
+        self._check_sizes(
             ("num_attention_heads", "num_key_value_heads"),
             ("head_num_layers", "head_num_modulations"),
             ("head_hidden_size", "head_attention_head_dim"),
-        ):
-            if sizes[whole] % sizes[part]:
-                raise ValueError(f"`{whole}` ({sizes[whole]}) has to be a multiple of `{part}` ({sizes[part]}).")
+        )
         if hidden_size % 4:
             raise ValueError(f"`hidden_size` is {hidden_size}; the 2-D position embedding asks for a multiple of 4.")
         if attention_head_dim % 2:
@@ -139,19 +91,15 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
 
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.projector = PixArtAlphaTextProjection(in_channels, hidden_size, act_fn="gelu_tanh")
-        self.layers = nn.ModuleList(
-            [
-                BlockCausalDecoderLayer(
-                    hidden_size,
-                    num_attention_heads,
-                    num_key_value_heads,
-                    attention_head_dim,
-                    intermediate_size,
-                    qk_norm=True,
-                    eps=norm_eps,
-                )
-                for _ in range(num_layers)
-            ]
+        self.layers = BlockCausalDecoder(
+            num_layers,
+            hidden_size,
+            num_attention_heads,
+            num_key_value_heads,
+            attention_head_dim,
+            intermediate_size,
+            qk_norm=True,
+            eps=norm_eps,
         )
         self.norm_out = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False) if use_lm_head else None
@@ -164,17 +112,6 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
             head_attention_head_dim,
             head_use_swiglu,
         )
-        self.gradient_checkpointing = False
-
-    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at the signature for what they may pass
-    def save_pretrained(self, *args, **kwargs) -> None:
-        # With a LoRA adapter attached the file would not load again.
-        if self._hf_peft_config_loaded:
-            raise ValueError(
-                f"The transformer has the adapters {self.active_adapters()}, which `save_pretrained` cannot save. "
-                "Save them with `save_lora_weights`, or merge them with `fuse_lora` and call `unload_lora_weights`."
-            )
-        super().save_pretrained(*args, **kwargs)
 
     def allocate_kv_cache(
         self, attention_mask: torch.Tensor, num_patches: int, dtype: torch.dtype, device: torch.device
@@ -250,10 +187,9 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         hidden_states = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, S, D)
         num_tokens = hidden_states.shape[1]
 
-        # 2. Who sees whom, and where each token stands. Rows of one length stand together in the cache.
+        # 2. Who sees whom, and where each token stands
         mask = None
         if kv_cache is not None:
-            hidden_states = hidden_states[kv_cache.row_order]
             position_ids = kv_cache.position_ids  # (B, S)
         else:
             key_mask = None
@@ -267,20 +203,8 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         cos, sin = rotary_1d(position_ids, self.config.attention_head_dim, self.config.rope_theta)
         rotary = (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
 
-        # 3. The decoder.
-        if num_text > 0 and not torch.compiler.is_compiling():  # layers compiled alone take texts of any length
-            for tensor in (hidden_states, *rotary):
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        for i, layer in enumerate(self.layers):
-            layer_cache = None if kv_cache is None else kv_cache.layers[i]
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    layer, hidden_states, rotary, mask, layer_cache, patch_tokens
-                )
-            else:
-                hidden_states = layer(hidden_states, rotary, mask, layer_cache, patch_tokens)
-        if kv_cache is not None:
-            hidden_states = hidden_states[kv_cache.row_places]
+        # 3. The decoder
+        hidden_states = self.layers(hidden_states, rotary, mask, kv_cache, patch_tokens)
         hidden_states = self.norm_out(hidden_states)
         text_logits = None
         if self.lm_head is not None and kv_cache is None:
@@ -292,14 +216,11 @@ class BitDanceTransformer(CheckedLoadingMixin, ModelMixin, ConfigMixin, PeftAdap
         condition = condition + sincos_2d(condition_positions, self.config.hidden_size).to(condition)
 
         # 5. The head. Every patch is a row of its own to it.
-        sample = None
+        sample = condition_embeds = None
         if noisy_code is None:
             timestep_embeds, condition_embeds = self.head(timestep=timestep, condition=condition)
         else:
-            num_draws = noisy_code.shape[0] // condition.shape[0]
-            rows = condition.repeat(num_draws, 1, 1, 1).flatten(0, 1)  # (R * B * M, P, D)
-            sample = self.head(noisy_code.flatten(0, 1), timestep=timestep.flatten()[:, None], condition=rows)
-            sample = sample.unflatten(0, (noisy_code.shape[0], num_blocks))
+            sample = predict_patches(self.head, noisy_code, timestep, condition)
         output = BitDanceTransformerOutput(
             sample=sample,
             condition=condition,

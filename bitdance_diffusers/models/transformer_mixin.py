@@ -1,0 +1,80 @@
+"""What both transformers are to Diffusers: how they split, compile, offload, cast, load, save and take adapters."""
+
+import functools
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+
+from .checked_loading import CheckedLoadingMixin
+
+
+@dataclass
+class BitDanceTransformerOutput(BaseOutput):
+    """
+    What a call of a transformer computed; what it did not is `None`.
+
+    Args:
+        sample (R, P, C) or (B, M, P, C): predicted clean bits.
+        condition (B, K, P, D): the head's condition, one for each of the last K blocks.
+        condition_embeds (B, K, P, G): the condition as the head projects it.
+        timestep_embeds (..., G): the times as the head projects them.
+        inputs_embeds (B, L, D): embedded token ids (text to image).
+        text_logits (B, L, vocab_size): next-token logits of the text part (text to image).
+    """
+
+    sample: torch.Tensor | None = None
+    condition: torch.Tensor | None = None
+    condition_embeds: torch.Tensor | None = None
+    timestep_embeds: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+    text_logits: torch.Tensor | None = None
+
+
+class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
+    """Goes before `ModelMixin` in a transformer's bases."""
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ["BlockCausalDecoderLayer", "BinaryDiffusionHeadBlock", "BinaryDiffusionHeadMLPBlock"]
+    _no_split_modules = [*_repeated_blocks, "BinaryDiffusionHeadNormOut"]
+    _skip_keys = ["kv_cache"]
+    _group_offload_block_modules = ["head"]
+
+    # Of AttentionMixin all but `fuse_qkv_projections`: the head's projections always are one, `to_qkv`.
+    attn_processors = AttentionMixin.attn_processors
+    set_attn_processor = AttentionMixin.set_attn_processor
+
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at the signature for what they may pass
+    def save_pretrained(self, *args, **kwargs) -> None:
+        # With a LoRA adapter attached the file would not load again.
+        if self._hf_peft_config_loaded:
+            raise ValueError(
+                f"The transformer has the adapters {self.active_adapters()}, which `save_pretrained` cannot save. "
+                "Save them with `save_lora_weights`, or merge them with `fuse_lora` and call `unload_lora_weights`."
+            )
+        super().save_pretrained(*args, **kwargs)
+
+    def _check_sizes(self, *multiples: tuple[str, str]) -> None:
+        """
+        Check the config against the types of `__init__`'s defaults, and that each pair's first is a multiple of its
+        second. Raises a `ValueError` that names the field.
+        """
+        sizes: Mapping[str, Any] = self.config
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            kind, value = type(parameter.default), sizes.get(name)
+            if kind is bool and not isinstance(value, bool):
+                raise ValueError(f"`{name}` is {value!r}; it has to be true or false.")
+            if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` is {value!r}; it has to be a positive integer.")
+            if kind is float and (not isinstance(value, (int, float)) or not 0 < value < math.inf):
+                raise ValueError(f"`{name}` is {value!r}; it has to be a positive number.")
+        for whole, part in multiples:
+            if sizes[whole] % sizes[part]:
+                raise ValueError(f"`{whole}` ({sizes[whole]}) has to be a multiple of `{part}` ({sizes[part]}).")
