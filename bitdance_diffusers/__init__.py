@@ -9,12 +9,14 @@ from .models.autoencoder_bitdance import BitDanceTokenizer
 from .models.transformer_bitdance import BitDanceTransformer
 from .models.transformer_bitdance_class import BitDanceClassTransformer
 from .pipelines.pipeline_bitdance import BitDancePipeline
+from .pipelines.pipeline_bitdance_class import BitDanceClassPipeline
 from .pipelines.pipeline_output import BitDancePipelineOutput
 from .schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 
 __version__ = "0.1.0"
 __all__ = [
     "BinaryDiffusionScheduler",
+    "BitDanceClassPipeline",
     "BitDanceClassTransformer",
     "BitDancePipeline",
     "BitDancePipelineOutput",
@@ -31,6 +33,7 @@ LOADABLE_CLASSES["bitdance_diffusers"] = {
 # `DiffusionPipeline.from_pretrained`, `AutoModel` and `AutoPipelineForText2Image` look classes up on `diffusers`.
 for _class in (
     BitDancePipeline,
+    BitDanceClassPipeline,
     BitDanceTokenizer,
     BitDanceTransformer,
     BitDanceClassTransformer,

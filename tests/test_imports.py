@@ -62,6 +62,7 @@ def test_import_needs_no_optional_package():
 def test_public_names():
     assert bitdance_diffusers.__all__ == [
         "BinaryDiffusionScheduler",
+        "BitDanceClassPipeline",
         "BitDanceClassTransformer",
         "BitDancePipeline",
         "BitDancePipelineOutput",

@@ -103,7 +103,7 @@ class BinaryDiffusionHeadBlock(nn.Module):
 
 
 class BinaryDiffusionHeadMLPBlock(nn.Module):
-    """A feed-forward layer, modulated and gated: three chunks of the modulation, (R, P, 3 G). No token sees another."""
+    """A feed-forward layer, modulated and gated: three chunks of the modulation, (R, P, 3 G); no attention."""
 
     num_modulation_chunks = 3
 

@@ -1,7 +1,7 @@
 """BitDanceClassTransformer: class and code so far -> the condition of the next patch -> its clean bits.
 
-Shapes: B rows, K class tokens, M patches in the picture, F patches fed back, P = p * p tokens a patch, N = M * P tokens
-of the picture, C bits a token, D width, G width of the head.
+Shapes: B rows, K class tokens, M patches in the picture, F patches fed back, P = p * p tokens a patch, C bits a token,
+D width, G width of the head.
 """
 
 from typing import Any
@@ -68,8 +68,8 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         head_dim = hidden_size // num_attention_heads
         if head_dim % 4:
             raise ValueError(
-                f"`hidden_size` ({hidden_size}) / `num_attention_heads` ({num_attention_heads}) is {head_dim}; the 2-D "
-                "rotary embedding asks for a multiple of 4."
+                f"`hidden_size` ({hidden_size}) / `num_attention_heads` ({num_attention_heads}) is {head_dim}; the "
+                "2-D rotary embedding asks for a multiple of 4."
             )
 
         self.class_embed = nn.Embedding(num_classes + 1, num_class_tokens * hidden_size)
@@ -134,7 +134,7 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
 
         | given | computed |
         |---|---|
-        | `class_labels`, `code` or both; `condition_indices` | `condition`, its `condition_embeds`, `timestep_embeds` |
+        | class, `code` or both; `condition_indices` | `condition`, its `condition_embeds`, `timestep_embeds` |
         | the same with `noisy_code` and `timestep` (training) | `sample` as well |
         | `noisy_code`, `timestep_embeds`, `condition_embeds` (sampling) | `sample` |
 

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import get_module_execution_device
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -21,14 +19,13 @@ from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
 from ..prompt import check_tokenizer, picture_start_ids, prompt_ids, unconditional_ids
 from ..sampling import denoise_patch, draw_patch_noise
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
+from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
 from .pipeline_output import BitDancePipelineOutput
 
 logger = logging.get_logger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-
-class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
+class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin):
     """
     Text-to-image generation with BitDance (arXiv 2602.14041): a transformer reads the prompt and the picture so far, a
     binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a
@@ -45,9 +42,6 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         supported_sizes (list of `[height, width]`, *optional*): the sizes in pixels that the checkpoint was trained
             on. Another size is drawn with a warning.
     """
-
-    model_cpu_offload_seq = "transformer->vae"
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -67,12 +61,8 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             ("default_width", default_width),
             ("default_num_inference_steps", default_num_inference_steps),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it has to be a positive integer.")
-        if not isinstance(default_guidance_scale, (int, float)) or not 0 <= default_guidance_scale < float("inf"):
-            raise ValueError(
-                f"`default_guidance_scale` is {default_guidance_scale!r}; it has to be finite and not negative."
-            )
+            check_positive_integer(name, value)
+        check_guidance_scale("default_guidance_scale", default_guidance_scale)
         if supported_sizes is not None:
             if not isinstance(supported_sizes, (list, tuple)) or not all(
                 isinstance(size, (list, tuple)) and len(size) == 2 for size in supported_sizes
@@ -86,15 +76,7 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
             default_guidance_scale=default_guidance_scale,
             supported_sizes=supported_sizes,
         )
-        self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 16
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        if getattr(self, "vae", None) and getattr(self, "transformer", None):
-            code_bits, read_bits = self.vae.config.latent_channels, self.transformer.config.in_channels
-            if code_bits != read_bits:
-                raise ValueError(
-                    f"`vae` writes {code_bits} bits a token (`latent_channels`) but `transformer` reads {read_bits} "
-                    "(`in_channels`); they belong to different checkpoints."
-                )
+        self._prepare_image_processor()
         if getattr(self, "tokenizer", None) and getattr(self, "transformer", None):
             check_tokenizer(self.tokenizer, self.transformer.config.patch_size, self.transformer.config.vocab_size)
 
@@ -120,37 +102,11 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         max_sequence_length: int,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
-        patch_size = self.transformer.config.patch_size
-        check_size(height, width, self.vae_scale_factor, patch_size)
-
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-            ("max_sequence_length", max_sequence_length),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"`{name}` is {value!r}; it has to be a positive integer.")
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}; it has to be a positive integer.")
-        if not isinstance(guidance_scale, (int, float)) or isinstance(guidance_scale, bool):
-            raise TypeError(f"`guidance_scale` is {guidance_scale!r}; it has to be a number.")
-        if not 0 <= guidance_scale < float("inf"):
-            raise ValueError(f"`guidance_scale` is {guidance_scale}; it has to be finite and not negative.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}.")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"`callback_on_step_end` is {callback_on_step_end!r}; it has to be a function.")
-        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
-            raise TypeError(f"`attention_kwargs` is {attention_kwargs!r}; it has to be a dictionary.")
-        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
-            raise TypeError(
-                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs!r}; it has to be a list."
-            )
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` names {unknown}; allowed are {self._callback_tensor_inputs}."
-            )
+        check_size(height, width, self.vae_scale_factor, self.transformer.config.patch_size)
+        check_positive_integer("num_inference_steps", num_inference_steps)
+        check_positive_integer("num_images_per_prompt", num_images_per_prompt)
+        check_positive_integer("max_sequence_length", max_sequence_length)
+        check_guidance_scale("guidance_scale", guidance_scale)
 
         for side, text, embeds, mask in (
             ("", prompt, prompt_embeds, prompt_embeds_mask),
@@ -215,44 +171,17 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                 "numbers have to be equal."
             )
 
-        num_images = batch_size * num_images_per_prompt
-        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-        others = [entry for entry in generators if not isinstance(entry, torch.Generator)]
-        if others:
-            raise TypeError(f"`generator` holds {others[0]!r}; it has to be a torch.Generator or a list of them.")
-        if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)}; it has to hold one generator for each of the "
-                f"{num_images} images."
-            )
-
-        if latents is not None:
-            if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
-                kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
-                raise TypeError(f"`latents` is of {kind}; it has to be a tensor of a float type.")
-            shape = (
-                num_images,
-                self.transformer.config.in_channels,
-                height // self.vae_scale_factor,
-                width // self.vae_scale_factor,
-            )
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"`latents` has shape {tuple(latents.shape)}; it has to be {shape}.")
-            wrong = latents[(latents != 0) & (latents.abs() != 1)]
-            if wrong.numel():
-                raise ValueError(
-                    f"`latents` holds {wrong.flatten()[0].item()}; allowed are -1, +1, and 0 for undecoded."
-                )
-            decoded = grid_to_patches(latents != 0, patch_size).permute(1, 0, 2, 3).flatten(1)  # (M, B * P * C)
-            if bool((decoded.any(dim=1) != decoded.all(dim=1)).any()):
-                raise ValueError(
-                    "`latents` holds a partly decoded patch; a patch is 0 everywhere, in every image, or nowhere."
-                )
-            if bool((decoded[:, 0].int().diff() > 0).any()):
-                raise ValueError(
-                    "`latents` holds an undecoded patch before a decoded one; the decoded ones have to be the first "
-                    "in generation order."
-                )
+        self._check_patchwise_inputs(
+            batch_size * num_images_per_prompt,
+            height,
+            width,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            attention_kwargs,
+        )
 
     def embed_tokens(self, ids: list[int], device: torch.device) -> torch.Tensor:
         """Embeddings (tokens, D) of token ids. All texts of a call stand in one row: one compiled graph takes any."""
@@ -336,46 +265,6 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                 negative_prompt_embeds, negative_prompt_embeds_mask
             )
         return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
-
-    def prepare_latents(
-        self, batch_size: int, height: int, width: int, device: torch.device, latents: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The code so far, (B, C, h, w) float32: `latents`, or 0 everywhere. `height` and `width` are in pixels."""
-        if latents is not None:
-            return latents.to(device, torch.float32, copy=True)
-        shape = (
-            batch_size,
-            self.transformer.config.in_channels,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
-        return torch.zeros(shape, device=device)
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        return self._attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        """Patches in the picture: a call has one callback and one tick of the progress bar for each."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> int | None:
-        """The patch under way, counted from 0."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -557,13 +446,13 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
                     )
                     patches[:, i] = torch.where(prediction > 0, 1.0, -1.0)
                     if callback_on_step_end is not None:
-                        latents = patches_to_grid(patches, latent_height, latent_width).clone()
-                        callback_kwargs = {}
-                        for name in callback_on_step_end_tensor_inputs:
-                            callback_kwargs[name] = locals()[name]
-                        callback_outputs = callback_on_step_end(self, i, i, callback_kwargs)
-                        latents = callback_outputs.pop("latents", latents)
-                        patches = grid_to_patches(latents, patch_size).clone()
+                        patches = self._call_back(
+                            callback_on_step_end,
+                            callback_on_step_end_tensor_inputs,
+                            i,
+                            patches,
+                            (latent_height, latent_width),
+                        )
                     progress_bar.update()
                 if i + 1 < num_patches and not self.interrupt:
                     kv_cache.extend(patch_size**2)
@@ -577,15 +466,8 @@ class BitDancePipeline(DiffusionPipeline, BitDanceLoraLoaderMixin):
         self._current_timestep = None
 
         # 7. Decode the picture
-        images = patches_to_grid(patches, latent_height, latent_width)
-        if output_type != "latent":
-            code = images.to(get_module_execution_device(self.vae), self.vae.dtype)
-            if isinstance(generator, list):  # one by one: a convolution of a whole batch rounds otherwise
-                rows = zip(code.split(1), generator, strict=True)
-                images = torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
-            else:
-                images = self.vae.decode(code, generator=generator, return_dict=False)[0]
-            images = self.image_processor.postprocess(images, output_type=output_type)
+        code = patches_to_grid(patches, latent_height, latent_width)
+        images = self.decode_latents(code, output_type, generator)
 
         self.maybe_free_model_hooks()
         return BitDancePipelineOutput(images=images) if return_dict else (images,)

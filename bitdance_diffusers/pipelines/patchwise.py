@@ -1,0 +1,186 @@
+"""What the pipelines share: a picture's code grows patch by patch, and is decoded at the end."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import get_module_execution_device
+
+from ..patch_order import grid_to_patches, patches_to_grid
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_positive_integer(name: str, value: Any) -> None:
+    """Raises a `TypeError` or `ValueError` that names the argument."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}; it has to be a positive integer.")
+    if value < 1:
+        raise ValueError(f"`{name}` is {value}; it has to be a positive integer.")
+
+
+def check_guidance_scale(name: str, value: Any) -> None:
+    """Raises a `TypeError` or `ValueError` that names the argument."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}; it has to be a number.")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"`{name}` is {value}; it has to be finite and not negative.")
+
+
+class PatchwisePipelineMixin:
+    """Goes beside `DiffusionPipeline` in the bases of a pipeline with a `vae`, a `transformer` and a `scheduler`."""
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def _prepare_image_processor(self) -> None:
+        """
+        Set `vae_scale_factor` and `image_processor`. Raises a `ValueError` where vae and transformer belong to
+        different checkpoints.
+        """
+        self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 16
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        if getattr(self, "vae", None) and getattr(self, "transformer", None):
+            code_bits, read_bits = self.vae.config.latent_channels, self.transformer.config.in_channels
+            if code_bits != read_bits:
+                raise ValueError(
+                    f"`vae` writes {code_bits} bits a token (`latent_channels`) but `transformer` reads {read_bits} "
+                    "(`in_channels`); they belong to different checkpoints."
+                )
+
+    def _check_patchwise_inputs(
+        self,
+        num_images: int,
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+        attention_kwargs: dict[str, Any] | None,
+    ) -> None:
+        """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` is {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"`callback_on_step_end` is {callback_on_step_end!r}; it has to be a function.")
+        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+            raise TypeError(f"`attention_kwargs` is {attention_kwargs!r}; it has to be a dictionary.")
+        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+            raise TypeError(
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs!r}; it has to be a list."
+            )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` names {unknown}; allowed are {self._callback_tensor_inputs}."
+            )
+
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        others = [entry for entry in generators if not isinstance(entry, torch.Generator)]
+        if others:
+            raise TypeError(f"`generator` holds {others[0]!r}; it has to be a torch.Generator or a list of them.")
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}; it has to hold one generator for each of the "
+                f"{num_images} images."
+            )
+
+        if latents is not None:
+            if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+                kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+                raise TypeError(f"`latents` is of {kind}; it has to be a tensor of a float type.")
+            shape = self._latents_shape(num_images, height, width)
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"`latents` has shape {tuple(latents.shape)}; it has to be {shape}.")
+            wrong = latents[(latents != 0) & (latents.abs() != 1)]
+            if wrong.numel():
+                raise ValueError(
+                    f"`latents` holds {wrong.flatten()[0].item()}; allowed are -1, +1, and 0 for undecoded."
+                )
+            patches = grid_to_patches(latents != 0, self.transformer.config.patch_size)
+            decoded = patches.permute(1, 0, 2, 3).flatten(1)  # (M, B * P * C)
+            if bool((decoded.any(dim=1) != decoded.all(dim=1)).any()):
+                raise ValueError(
+                    "`latents` holds a partly decoded patch; a patch is 0 everywhere, in every image, or nowhere."
+                )
+            if bool((decoded[:, 0].int().diff() > 0).any()):
+                raise ValueError(
+                    "`latents` holds an undecoded patch before a decoded one; the decoded ones have to be the first "
+                    "in generation order."
+                )
+
+    def _latents_shape(self, num_images: int, height: int, width: int) -> tuple[int, int, int, int]:
+        scale = self.vae_scale_factor
+        return num_images, self.transformer.config.in_channels, height // scale, width // scale
+
+    def prepare_latents(
+        self, batch_size: int, height: int, width: int, device: torch.device, latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The code so far, (B, C, h, w) float32: `latents`, or 0 everywhere. `height` and `width` are in pixels."""
+        if latents is not None:
+            return latents.to(device, torch.float32, copy=True)
+        return torch.zeros(self._latents_shape(batch_size, height, width), device=device)
+
+    def _call_back(
+        self,
+        callback_on_step_end: Callable[..., dict],
+        callback_on_step_end_tensor_inputs: list[str],
+        index: int,
+        patches: torch.Tensor,
+        latents_size: tuple[int, int],
+    ) -> torch.Tensor:
+        """After patch `index`: the patches (B, M, P, C) as the callback leaves them."""
+        latents = patches_to_grid(patches, *latents_size).clone()
+        callback_outputs = callback_on_step_end(
+            self, index, index, {name: latents for name in callback_on_step_end_tensor_inputs}
+        )
+        latents = callback_outputs.pop("latents", latents)
+        return grid_to_patches(latents, self.transformer.config.patch_size).clone()
+
+    def decode_latents(
+        self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """
+        Pictures of a whole code (B, C, h, w). With a list of generators they are decoded one by one: a convolution of
+        a whole batch rounds otherwise, and no picture is to depend on its neighbours.
+        """
+        if output_type == "latent":
+            return code
+        code = code.to(get_module_execution_device(self.vae), self.vae.dtype)
+        if isinstance(generator, list):
+            rows = zip(code.split(1), generator, strict=True)
+            images = torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
+        else:
+            images = self.vae.decode(code, generator=generator, return_dict=False)[0]
+        return self.image_processor.postprocess(images, output_type=output_type)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Patches in the picture: a call has one callback and one tick of the progress bar for each."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> int | None:
+        """The patch under way, counted from 0."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt

@@ -1,0 +1,295 @@
+"""BitDanceClassPipeline: class to image."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from ..models.autoencoder_bitdance import BitDanceTokenizer
+from ..models.transformer_bitdance_class import BitDanceClassTransformer
+from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
+from ..sampling import denoise_patch, draw_patch_noise
+from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
+from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
+from .pipeline_output import BitDancePipelineOutput
+
+GUIDANCE_SCHEDULES = ("linear", "constant")
+
+
+def check_guidance_schedule(name: str, value: Any) -> None:
+    """Raises a `ValueError` that names the argument."""
+    if value not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(map(repr, GUIDANCE_SCHEDULES))}.")
+
+
+def draw_halves_noise(
+    num_steps: int,
+    shape: tuple[int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """
+    The noise of a patch whose conditional and unconditional rows are sampled separately: from one draw of twice the
+    rows of `shape` (B, P, C), the conditional ones first. Of a list of generators each draws its picture's two rows.
+    Returns (n + 1, 2 B, P, C) float32.
+    """
+    batch_size, *token_shape = shape
+    if not isinstance(generator, list):
+        return draw_patch_noise(num_steps, (2 * batch_size, *token_shape), generator, device)
+    pairs = [draw_patch_noise(num_steps, (2, *token_shape), one, device) for one in generator]
+    return torch.stack(pairs, dim=2).flatten(1, 2)  # (n + 1, 2, B, P, C) -> (n + 1, 2 B, P, C)
+
+
+class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
+    """
+    Class-conditional generation with BitDance (arXiv 2602.14041, the ImageNet models): as [`BitDancePipeline`], with a
+    class in place of a text. Pictures have the one size that the transformer was trained for.
+
+    Args:
+        vae ([`BitDanceTokenizer`]): the binary autoencoder.
+        transformer ([`BitDanceClassTransformer`]): class and code tokens, decoder and diffusion head.
+        scheduler ([`BinaryDiffusionScheduler`]): times and updates of the head's diffusion.
+        default_num_inference_steps (`int`): steps per patch, where a call names none.
+        default_guidance_scale (`float`): guidance, where a call names none.
+        default_guidance_schedule (`str`): `"linear"` or `"constant"`, where a call names none.
+        label_names (list of `str`, *optional*): the name of each class; synonyms are separated by `", "`.
+    """
+
+    def __init__(
+        self,
+        vae: BitDanceTokenizer,
+        transformer: BitDanceClassTransformer,
+        scheduler: BinaryDiffusionScheduler,
+        default_num_inference_steps: int = 100,
+        default_guidance_scale: float = 4.0,
+        default_guidance_schedule: str = "linear",
+        label_names: list[str] | None = None,
+    ):
+        super().__init__()
+        check_positive_integer("default_num_inference_steps", default_num_inference_steps)
+        check_guidance_scale("default_guidance_scale", default_guidance_scale)
+        check_guidance_schedule("default_guidance_schedule", default_guidance_schedule)
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+        self.register_to_config(
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_guidance_schedule=default_guidance_schedule,
+            label_names=label_names,
+        )
+        self._prepare_image_processor()
+
+        # A class answers to its whole entry and to each of the synonyms in it.
+        self._ids_of_label: dict[str, list[int]] = {}
+        if label_names is not None:
+            num_classes = self.transformer.config.num_classes if getattr(self, "transformer", None) else None
+            if not isinstance(label_names, (list, tuple)) or not all(isinstance(name, str) for name in label_names):
+                raise ValueError(f"`label_names` is {label_names!r}; it has to be a list of strings.")
+            if num_classes is not None and len(label_names) != num_classes:
+                raise ValueError(f"`label_names` has {len(label_names)} entries for {num_classes} classes.")
+            for index, entry in enumerate(label_names):
+                for name in {entry, *entry.split(", ")}:
+                    self._ids_of_label.setdefault(name, []).append(index)
+
+    def get_label_ids(self, class_labels: int | str | list[int | str]) -> list[int]:
+        """
+        Class ids of labels: ids, or names out of the config's `label_names`.
+
+        Raises:
+            TypeError, ValueError: an id out of range, an unknown name, or a name that several classes have.
+        """
+        labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
+        if not labels:
+            raise ValueError("`class_labels` is an empty list; it has to hold at least one label.")
+        num_classes = self.transformer.config.num_classes
+        ids = []
+        for label in labels:
+            if isinstance(label, str):
+                found = self._ids_of_label.get(label, [])
+                if not found:
+                    known = "this pipeline has no `label_names`" if not self._ids_of_label else "see `label_names`"
+                    raise ValueError(f"`class_labels` holds {label!r}, which is not the name of a class ({known}).")
+                if len(found) > 1:
+                    raise ValueError(f"`class_labels` holds {label!r}, the name of several classes: {found}.")
+                ids.append(found[0])
+            elif not isinstance(label, int) or isinstance(label, bool):
+                raise TypeError(f"`class_labels` holds {label!r}; it has to hold class ids or names.")
+            elif not 0 <= label < num_classes:
+                raise ValueError(f"`class_labels` holds {label}; the classes are 0 to {num_classes - 1}.")
+            else:
+                ids.append(label)
+        return ids
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> BitDancePipelineOutput | tuple:
+        """
+        Draw pictures.
+
+        Args:
+            class_labels (`int`, `str` or a list of both): class ids, or names out of the config's `label_names`.
+            num_inference_steps (`int`, *optional*): diffusion steps per patch; the head is evaluated once more than
+                that. The pipeline's `default_num_inference_steps` where None, as for the next two.
+            guidance_scale (`float`, *optional*): classifier-free guidance s; at most 1 runs the conditional rows only.
+                Read anew at every patch, so that a callback may change `pipe._guidance_scale`.
+            guidance_schedule (`str`, *optional*): `"constant"` guides every patch by s, `"linear"` patch i of M by
+                `1 + (s - 1) i / M`. A patch whose guidance is exactly 1 though s is not (the first of "linear") is not
+                guided: as in the original, its conditional and unconditional rows are sampled separately, and the two
+                sequences go on from different patches.
+            num_images_per_label (`int`): pictures of each label, side by side.
+            generator (`torch.Generator` or a list, *optional*): one generator reproduces the original's draws for the
+                batch as a whole; a list, one for each picture, makes each independent of its neighbours in the batch.
+            latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere.
+                The decoded patches, the first in generation order, are kept, in the unconditional sequence too.
+            output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`): an output object, or a tuple.
+            callback_on_step_end (`Callable`, *optional*): called after every patch with the pipeline, the index of the
+                patch (twice) and a dict of `callback_on_step_end_tensor_inputs`; `latents` in the dict that it returns
+                takes the place of the (conditional) code so far.
+            attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
+
+        Returns:
+            [`BitDancePipelineOutput`], or a tuple whose first element is the images.
+
+        Raises:
+            ValueError, TypeError: for bad input, naming the argument, its value and what is allowed.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        if guidance_schedule is None:
+            guidance_schedule = self.config.default_guidance_schedule
+
+        # 1. Check inputs
+        label_ids = self.get_label_ids(class_labels)
+        check_positive_integer("num_inference_steps", num_inference_steps)
+        check_positive_integer("num_images_per_label", num_images_per_label)
+        check_guidance_scale("guidance_scale", guidance_scale)
+        check_guidance_schedule("guidance_schedule", guidance_schedule)
+        config = self.transformer.config
+        batch_size, side = len(label_ids) * num_images_per_label, config.sample_size
+        height = width = side * self.vae_scale_factor
+        self._check_patchwise_inputs(
+            batch_size,
+            height,
+            width,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            attention_kwargs,
+        )
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+        device = self._execution_device
+        guided = self.do_classifier_free_guidance
+
+        # 2. Prepare the labels: conditional and unconditional rows are one batch
+        labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_label)
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+        num_rows = len(labels)
+
+        # 3. Prepare the code
+        latents = self.prepare_latents(batch_size, height, width, device, latents)
+        patches = grid_to_patches(latents, config.patch_size)  # (B, M, P, C)
+        num_patches = patches.shape[1]
+        num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
+        positions = patch_positions(side, side, config.patch_size, device)  # (M, P, 2)
+        indices = torch.arange(side * side, device=device).view(num_patches, -1)  # (M, P)
+
+        # 4. Prepare the timesteps of a patch
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = num_patches
+
+        # 5. Read the class: the last block of its tokens predicts the first patch
+        dtype = self.transformer.dtype
+        kv_cache = self.transformer.allocate_kv_cache(num_rows, num_patches - 1, dtype, device)
+        kv_cache.extend(config.num_class_tokens + config.patch_size**2 - 1)
+        output = self.transformer(
+            class_labels=labels,
+            condition_indices=indices[:1],
+            timestep=self.scheduler.timesteps,
+            kv_cache=kv_cache,
+            attention_kwargs=attention_kwargs,
+        )
+        timestep_embeds, condition_embeds = output.timestep_embeds, output.condition_embeds  # (n + 1, G), (R, 1, P, G)
+
+        def predict(noisy_code: torch.Tensor, timestep_embeds: torch.Tensor) -> torch.Tensor:
+            return self.transformer(
+                noisy_code=noisy_code,
+                timestep_embeds=timestep_embeds,
+                condition_embeds=condition_embeds[:, 0],
+                attention_kwargs=attention_kwargs,
+                return_dict=False,
+            )[0]
+
+        # 6. Patch by patch: denoise the next one, then feed it back
+        with self.progress_bar(total=num_patches) as progress_bar:
+            progress_bar.update(num_kept)
+            for i in range(num_patches):
+                if self.interrupt:
+                    continue
+                self._current_timestep = i
+                unconditional_patch = None  # (B, P, C) where it is not the conditional one
+                if i >= num_kept:
+                    scale = self._guidance_scale if guided else None
+                    if guided and guidance_schedule == "linear":
+                        scale = 1 + (self._guidance_scale - 1) * i / num_patches
+                    shape = patches[:, i].shape
+                    if scale == 1:
+                        noise = draw_halves_noise(num_inference_steps, shape, generator, device)
+                        scale = None
+                    else:
+                        noise = draw_patch_noise(num_inference_steps, shape, generator, device)
+                    prediction = denoise_patch(
+                        predict, noise, timestep_embeds, self.scheduler.step_coefficients, scale
+                    )
+                    bits = torch.where(prediction > 0, 1.0, -1.0)
+                    patches[:, i] = bits[:batch_size]
+                    if len(bits) > batch_size:
+                        unconditional_patch = bits[batch_size:]
+                    if callback_on_step_end is not None:
+                        patches = self._call_back(
+                            callback_on_step_end, callback_on_step_end_tensor_inputs, i, patches, (side, side)
+                        )
+                    progress_bar.update()
+                if i + 1 < num_patches and not self.interrupt:
+                    code = patches[:, i]
+                    if guided:
+                        code = torch.cat([code, code if unconditional_patch is None else unconditional_patch])
+                    kv_cache.extend(config.patch_size**2)
+                    condition_embeds = self.transformer(
+                        code=code[:, None].to(dtype),
+                        code_positions=positions[i : i + 1],
+                        condition_indices=indices[i + 1 : i + 2],
+                        kv_cache=kv_cache,
+                        attention_kwargs=attention_kwargs,
+                    ).condition_embeds
+        self._current_timestep = None
+
+        # 7. Decode the picture
+        images = self.decode_latents(patches_to_grid(patches, side, side), output_type, generator)
+
+        self.maybe_free_model_hooks()
+        return BitDancePipelineOutput(images=images) if return_dict else (images,)
