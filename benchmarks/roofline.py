@@ -1,0 +1,156 @@
+"""What a picture costs at least: operations and bytes, counted from a transformer's config.
+
+Operations are those of matrix products and attention, a multiply and an add being two. Bytes are what has to move from
+and to memory even with a perfect kernel: every weight once per forward, the keys and values seen and written, a
+forward's inputs and outputs. Hidden states inside a forward are left out. A forward takes at least the longer of its
+two times at a machine's peaks, and a picture the sum over its forwards: no overlap between them, since each needs the
+one before.
+
+R is rows (patches denoised side by side), P = patch_size^2 tokens a patch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Peaks: `flops` a second, `bandwidth` in bytes a second."""
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+# Dense bfloat16 with float32 accumulation, and memory, as the vendor states them; the name is the end of the driver's.
+GPUS = (
+    Machine("H100 80GB HBM3", 989e12, 3.35e12),
+    Machine("H200", 989e12, 4.8e12),
+    Machine("A100-SXM4-80GB", 312e12, 2.04e12),
+    Machine("RTX 4090", 165e12, 1.01e12),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """`flops` and `bytes` of a forward that runs `count` times."""
+
+    flops: float
+    bytes: float
+    count: int = 1
+
+    def seconds(self, machine: Machine) -> float:
+        """The least time of all runs together."""
+        return self.count * max(self.flops / machine.flops, self.bytes / machine.bandwidth)
+
+
+def head_evaluation(config: Mapping[str, Any], rows: int, element_size: int) -> Work:
+    """One evaluation of the head for `rows` patches, condition and time already projected."""
+    width, layers, bits = config["head_hidden_size"], config["head_num_layers"], config["in_channels"]
+    tokens, patch_tokens = rows * config["patch_size"] ** 2, config["patch_size"] ** 2
+    hidden = int(1.5 * width)
+    feed_forward = (3 if config["head_use_swiglu"] else 2) * hidden * width
+    modulations = config["head_num_modulations"] * 6 * width**2
+    weights = modulations + layers * (4 * width**2 + feed_forward) + 2 * width**2 + 2 * bits * width
+    attention = 4 * patch_tokens * width * layers  # of a token: scores, and the weighted sum of values
+    moved = weights + tokens * (width + 2 * bits)  # the projected condition; noisy bits and prediction
+    return Work(tokens * (2 * weights + attention), moved * element_size)
+
+
+def decoder_pass(
+    config: Mapping[str, Any], rows: int, num_new: int, num_visible: float, element_size: int, fed_back: bool = True
+) -> Work:
+    """
+    One pass of `num_new` tokens of every row through the decoder, with the head's projection of the last block as its
+    condition. Every new token attends to `num_visible` tokens, the new ones among them. `fed_back` patches also go
+    through the projector; a text does not. `num_visible` may be a mean.
+    """
+    dim, bits, patch_tokens = config["hidden_size"], config["in_channels"], config["patch_size"] ** 2
+    queries = config["num_attention_heads"] * config["attention_head_dim"]
+    keys = config["num_key_value_heads"] * config["attention_head_dim"]
+    layers, tokens = config["num_layers"], rows * num_new
+    layer = 2 * dim * queries + 2 * dim * keys + 3 * dim * config["intermediate_size"]
+    projector = bits * dim + dim**2 if fed_back else 0
+    condition = dim * config["head_hidden_size"]
+    flops = tokens * (2 * layers * layer + 2 * projector + 4 * num_visible * queries * layers)
+    flops += 2 * rows * patch_tokens * condition
+    cache = 2 * rows * (num_visible + num_new) * keys * layers  # read and written
+    inputs = bits if fed_back else dim
+    moved = layers * layer + projector + condition + cache + tokens * inputs
+    return Work(flops, moved * element_size)
+
+
+def picture(
+    config: Mapping[str, Any],
+    text_lengths: list[int],
+    num_patches: int,
+    num_evaluations: int,
+    element_size: int,
+) -> dict[str, list[Work]]:
+    """
+    All forwards of a batch: `text` (the prefill), `feedback` (the decoder passes after it) and `head`.
+
+    `text_lengths` has the tokens in front of the picture for every row, conditional and unconditional ones, the block
+    of `<|res_w|>` and queries included. The text of a row is counted as causal, that is half of the square.
+    """
+    rows, patch_tokens = len(text_lengths), config["patch_size"] ** 2
+    tokens, causal = sum(text_lengths), sum(length * (length + 1) / 2 for length in text_lengths)
+    text = decoder_pass(config, 1, tokens, causal / tokens, element_size, fed_back=False)
+    feedback = []
+    for i in range(1, num_patches):
+        visible = sum(text_lengths) / rows + i * patch_tokens
+        feedback.append(decoder_pass(config, rows, patch_tokens, visible, element_size))
+    head = head_evaluation(config, rows, element_size)
+    return {
+        "text": [text],
+        "feedback": feedback,
+        "head": [Work(head.flops, head.bytes, num_patches * num_evaluations)],
+    }
+
+
+def least_seconds(forwards: dict[str, list[Work]], machine: Machine) -> float:
+    return sum(work.seconds(machine) for works in forwards.values() for work in works)
+
+
+def totals(forwards: dict[str, list[Work]]) -> tuple[float, float]:
+    """(operations, bytes) of all forwards."""
+    works = [work for works in forwards.values() for work in works]
+    return sum(work.flops * work.count for work in works), sum(work.bytes * work.count for work in works)
+
+
+def find_machine(device: torch.device, dtype: torch.dtype) -> Machine | None:
+    """
+    The peaks of a device: measured on a CPU, by a large product in `dtype` and a large copy with torch's threads; from
+    `GPUS` on an accelerator, whose peaks hold for bfloat16 and float16. None for one that is not listed.
+    """
+    if device.type == "cpu":
+        return Machine(f"CPU, {torch.get_num_threads()} threads", _measure_flops(dtype), _measure_bandwidth())
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((gpu for gpu in GPUS if name.endswith(gpu.name)), None)
+
+
+def _best_seconds(call: Callable[[], Any], repeats: int = 5) -> float:
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _measure_flops(dtype: torch.dtype, size: int = 2048) -> float:
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / _best_seconds(lambda: left @ right)
+
+
+def _measure_bandwidth(size: int = 2**27) -> float:
+    """Of a copy, bytes read and written."""
+    source, target = torch.ones(size // 4), torch.ones(size // 4)
+    return 2 * size / _best_seconds(lambda: target.copy_(source))

@@ -1,0 +1,93 @@
+"""The counts against torch's own, and the least times against those that were worked out by hand for an H100."""
+
+import pytest
+import roofline
+import torch
+from random_pipelines import PRESETS
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitdance_diffusers import BitDanceTransformer
+from bitdance_diffusers.patch_order import patch_positions
+
+H100 = roofline.GPUS[0]
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    torch.manual_seed(0)
+    transformer = BitDanceTransformer(
+        vocab_size=16,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_head_dim=8,
+        in_channels=6,
+        patch_size=2,
+        head_hidden_size=32,
+        head_num_layers=4,
+        head_attention_head_dim=16,
+    )
+    transformer.set_attention_backend("_native_math")  # the others on a CPU are not counted
+    return transformer.eval().requires_grad_(False)
+
+
+def count(call):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("use_swiglu", [True, False])
+def test_operations_and_weights_of_a_head_evaluation(use_swiglu):
+    config = {"head_hidden_size": 32, "head_num_layers": 4, "head_num_modulations": 2, "head_attention_head_dim": 16}
+    config |= {"in_channels": 6, "patch_size": 2, "head_use_swiglu": use_swiglu, "hidden_size": 24}
+    transformer = BitDanceTransformer(vocab_size=16, num_layers=1, **config).eval()
+    transformer.set_attention_backend("_native_math")
+    rows = 3
+    call = {"timestep_embeds": torch.randn(32), "condition_embeds": torch.randn(rows, 4, 32)}
+    noisy = torch.randn(rows, 4, 6)
+    work = roofline.head_evaluation(transformer.config, rows, element_size=4)
+    assert work.flops == count(lambda: transformer(noisy_code=noisy, **call))
+
+    head = transformer.head
+    hoisted = {id(p) for module in (head.time_embed, head.condition_proj) for p in module.parameters()}
+    matrices = sum(p.numel() for p in head.parameters() if p.ndim == 2 and id(p) not in hoisted)
+    assert work.bytes == 4 * (matrices + rows * 4 * (32 + 6 + 6))
+
+
+def test_operations_of_a_decoder_pass(transformer):
+    rows, text = 2, 7
+    positions, code = patch_positions(4, 4, 2), torch.ones(rows, 1, 4, 6)
+    cache = transformer.allocate_kv_cache(torch.ones(rows, text, dtype=torch.bool), 3, torch.float32, "cpu")
+    with torch.no_grad():
+        cache.extend(text)
+        transformer(inputs_embeds=torch.randn(rows, text, 24), condition_positions=positions[:1], kv_cache=cache)
+    for i in range(2):
+        cache.extend(4)
+        call = {"code_positions": positions[i : i + 1], "condition_positions": positions[i + 1 : i + 2]}
+        work = roofline.decoder_pass(transformer.config, rows, 4, text + 4 * (i + 1), element_size=4)
+        assert work.flops == count(lambda call=call: transformer(code=code, kv_cache=cache, **call))
+
+
+def test_bytes_of_a_decoder_pass(transformer):
+    """Weights, keys and values of both rows, what is fed back."""
+    work = roofline.decoder_pass(transformer.config, 2, 4, 15, element_size=2)
+    modules = (transformer.layers, transformer.projector, transformer.head.condition_proj)
+    matrices = sum(p.numel() for module in modules for p in module.parameters() if p.ndim == 2)
+    cache = 3 * 2 * 2 * 2 * 8 * (15 + 4)  # layers, keys and values, rows, heads, width; read and written
+    assert work.bytes == 2 * (matrices + cache + 2 * 4 * 6)
+
+
+@pytest.mark.parametrize(
+    "preset, batch_size, seconds",
+    [("14b-64x", 1, 3.9), ("14b-64x", 8, 1.70), ("14b-16x", 1, 15.4), ("14b-16x", 8, 1.99)],
+)
+def test_least_seconds_a_picture_on_an_h100(preset, batch_size, seconds):
+    config, side = PRESETS[preset]
+    with torch.device("meta"):
+        config = BitDanceTransformer(**config).config
+    text_lengths = [30 + config["patch_size"] ** 2] * 2 * batch_size
+    forwards = roofline.picture(config, text_lengths, (side // config["patch_size"]) ** 2, 51, element_size=2)
+    assert roofline.least_seconds(forwards, H100) / batch_size == pytest.approx(seconds, rel=0.05)
