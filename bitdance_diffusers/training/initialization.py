@@ -4,12 +4,15 @@ import torch
 from torch import nn
 
 from ..models.transformer_bitdance import BitDanceTransformer
+from ..models.transformer_bitdance_class import BitDanceClassTransformer
 
 EMBEDDING_STD = 0.02
 
 
 @torch.no_grad()
-def initialize_weights(transformer: BitDanceTransformer, generator: torch.Generator | None = None) -> None:
+def initialize_weights(
+    transformer: BitDanceTransformer | BitDanceClassTransformer, generator: torch.Generator | None = None
+) -> None:
     """
     Initialize all weights in place, for training from scratch.
 

@@ -166,3 +166,41 @@ def text_to_image_loss(
         return TextToImageLoss(vision, vision, None)
     text = text_loss(output.text_logits, input_ids, attention_mask, patch_size**2)
     return TextToImageLoss(vision + text_loss_weight * text, vision, text)
+
+
+def class_to_image_loss(
+    transformer: nn.Module,
+    scheduler: BinaryDiffusionScheduler,
+    class_labels: torch.Tensor,
+    code: torch.Tensor,
+    patch_size: int,
+    draws: RandomDraws,
+    bit_flip_probability: float = 0.1,
+    diff_batch_mul: int = 4,
+) -> torch.Tensor:
+    """
+    The loss of one teacher-forced forward, a scalar.
+
+    Args:
+        transformer: a [`BitDanceClassTransformer`], wrapped (DDP, FSDP, compile) or not.
+        class_labels (B,): int64; `num_classes` where the label is dropped.
+        code (B, C, h, w): the pictures' clean codes.
+        patch_size (`int`): the transformer's.
+        draws: the step's random numbers; drawn in this order: flips, times, noise.
+        bit_flip_probability (`float`): most that a fed-back bit is flipped with.
+        diff_batch_mul (`int`): draws of noise per patch.
+    """
+    patches = grid_to_patches(code, patch_size)  # (B, M, P, C)
+    num_patches, patch_tokens = patches.shape[1:3]
+    # The last patch is never fed back; it is flipped all the same, so that the draws do not depend on that.
+    fed_back = flip_bits(patches, bit_flip_probability, draws)[:, :-1]
+    noisy = draw_noisy_code(scheduler, patches, draws, diff_batch_mul)
+    sample = transformer(
+        noisy_code=noisy.noisy_code,
+        timestep=noisy.timestep,
+        class_labels=class_labels,
+        code=fed_back,
+        code_positions=patch_positions(*code.shape[-2:], patch_size, device=code.device)[:-1],
+        condition_indices=torch.arange(num_patches * patch_tokens, device=code.device).view(num_patches, -1),
+    ).sample
+    return diffusion_loss(scheduler, sample, noisy.target, noisy.timestep).mean()
