@@ -1,10 +1,12 @@
-"""Score a model.
+"""Score a model, or pictures that it drew.
 
     python examples/evaluate.py icons --model examples/pretrained/icons-64     # pictures of held-out prompts
     python examples/evaluate.py icons-tokenizer --vae runs/icons-vae           # reconstructions of drawn pictures
+    python examples/evaluate.py fid samples VIRTUAL_imagenet256_labeled.npz    # pictures against a reference
 
-Both draw or decode pictures of the icon world (`icons.py`) and print the share that its checker finds right, with 95 %
-intervals, for each of the six categories and on average over them.
+The first two draw or decode pictures of the icon world (`icons.py`) and print the share that its checker finds right,
+with 95 % intervals, for each of the six categories and on average over them. The last prints FID, Inception score,
+precision and recall of a folder or `.npz` of pictures (`sample_class.py` writes both), computed by torch-fidelity.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from generate import DTYPES, add_model_arguments, find_device, load_pipeline, make_grid, save_image
 from icons import CATEGORIES, IconWorld
+from image_sets import find_feature_weights, open_pictures, score_pictures
 from PIL import Image
 from tqdm import tqdm
 
@@ -119,6 +122,14 @@ def score_categories(rated: list[Rated]) -> dict[str, Score]:
     return scores | {"mean": mean_score(list(scores.values()))}
 
 
+def write_json(path: Path, result: dict) -> None:
+    """Write a result under a temporary name, rename it, and print its name."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    print(path)
+
+
 def report(rated: list[Rated], settings: dict, args: argparse.Namespace) -> None:
     """Print the table, and write what `--json` and `--grid` ask for."""
     scores = score_categories(rated)
@@ -131,10 +142,7 @@ def report(rated: list[Rated], settings: dict, args: argparse.Namespace) -> None
             "scores": {name: vars(score) for name, score in scores.items()},
             "pictures": [{"prompt": one.prompt, "seed": one.seed, "reason": one.reason} for one in rated],
         }
-        partial = args.json.with_name(f".partial-{os.getpid()}-{args.json.name}")
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        partial.replace(args.json)
-        print(args.json)
+        write_json(args.json, result)
     if args.grid:
         captions = [f"WRONG, {one.reason}: {one.prompt}" if one.reason else one.prompt for one in rated]
         save_image(make_grid([one.image for one in rated], captions), args.grid)
@@ -207,6 +215,33 @@ def evaluate_icons_tokenizer(args: argparse.Namespace) -> None:
     report(rated, {"vae": str(args.vae), "dtype": args.dtype, "seed": args.seed, "psnr": psnr}, args)
 
 
+def evaluate_fid(args: argparse.Namespace) -> None:
+    """Score pictures against a reference.
+
+    Raises:
+        ImportError: if torch-fidelity does not import.
+        ValueError: for pictures, statistics or weights that are missing or broken.
+    """
+    device = find_device(args.device)
+    samples, _ = open_pictures(args.samples, "samples")
+    if samples is None:
+        raise ValueError(f"`samples` has to hold pictures, but {args.samples} holds statistics alone.")
+    reference, statistics = open_pictures(args.reference, "reference")
+    weights = find_feature_weights(args.feature_weights)
+    scores = score_pictures(samples, reference, statistics, weights, device, args.batch_size)
+    for name, value in scores.items():
+        print(f"{name:<28}{value:>12.6g}")
+    num_reference = 0 if reference is None else len(reference)
+    compared_to = "the reference's pictures" if statistics is None else "the reference's mu and sigma"
+    print(f"{len(samples)} pictures against {num_reference}; the distance is the one to {compared_to}")
+    if reference is None:
+        print("precision and recall need pictures, and the reference holds statistics alone")
+    if args.json:
+        settings = {"samples": str(args.samples), "reference": str(args.reference), "feature_weights": str(weights)}
+        settings |= {"num_samples": len(samples), "num_reference": num_reference, "distance_to": compared_to}
+        write_json(args.json, {"settings": settings, "scores": scores})
+
+
 def add_report_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
         "--pictures_per_category", type=int, default=100, help="or a few more, so that all count alike"
@@ -234,6 +269,27 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     command.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the first accelerator where there is one")
     add_report_arguments(command, batch_size=64)
+
+    command = commands.add_parser(
+        "fid", help="FID, Inception score, precision and recall of pictures, by torch-fidelity"
+    )
+    command.set_defaults(evaluate=evaluate_fid, grid=None)
+    command.add_argument("samples", type=Path, help="a folder of pictures, or an .npz with them in arr_0")
+    command.add_argument(
+        "reference",
+        type=Path,
+        help="a folder of pictures, or an .npz of the ADM evaluator: pictures, mu and sigma of their features (no "
+        "precision and recall then), or both (FID is from mu and sigma then)",
+    )
+    command.add_argument(
+        "--feature_weights",
+        type=Path,
+        help="the Inception network's weights, weights-inception-2015-12-05-6726825d.pth of the releases of "
+        "toshas/torch-fidelity on GitHub; by default the file of that name in torch hub's cache; never downloaded",
+    )
+    command.add_argument("--device", help="cpu, cuda or cuda:1, ...; the first accelerator where there is one")
+    command.add_argument("--batch_size", type=int, default=64)
+    command.add_argument("--json", type=Path, help="a file for the scores")
 
     args = parser.parse_args(arguments)
     try:
