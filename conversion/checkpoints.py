@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import struct
 import zipfile
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from weights import count_entries
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -262,10 +262,9 @@ def check_count(checkpoint: Checkpoint, prefix: str, name: str, count: int) -> N
     Raises:
         ValueError: the checkpoint has more or fewer blocks.
     """
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    numbers = {match[1] for match in map(pattern.match, checkpoint.tensors) if match is not None}
-    if len(numbers) != count:
-        raise ValueError(f"{checkpoint.file}: `{prefix}` has {len(numbers)} entries, but `{name}` says {count}.")
+    found = count_entries(checkpoint.tensors, prefix)
+    if found != count:
+        raise ValueError(f"{checkpoint.file}: `{prefix}` has {found} entries, but `{name}` says {count}.")
 
 
 def _raise_problems(file: Path, problems: list[str]) -> None:
@@ -395,13 +394,26 @@ def _write_safetensors(file: Path, tensors: Mapping[str, StoredTensor], dtype: t
     with open(file, "xb") as stream:
         stream.write(_safetensors_header(tensors, dtype))
         for tensor in tqdm(tensors.values(), desc=file.name, unit="tensor", disable=None):  # None: only in a terminal
-            for piece in tensor.read().reshape(-1).split(_PIECE):
-                if not piece.isfinite().all():
-                    raise ValueError(f"{tensor.file}: `{tensor.key}` holds a NaN or an infinity.")
-                cast = piece if dtype is None else piece.to(dtype)
-                if cast is not piece and not cast.isfinite().all():
-                    raise ValueError(f"{tensor.file}: `{tensor.key}` holds a number that does not fit into {dtype}.")
-                stream.write(cast.contiguous().view(torch.uint8).numpy())
+            for piece in _read_pieces(tensor, dtype):
+                stream.write(piece.contiguous().view(torch.uint8).numpy())
+
+
+def _read_pieces(tensor: StoredTensor, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
+    for piece in tensor.read().reshape(-1).split(_PIECE):
+        if not piece.isfinite().all():
+            raise ValueError(f"{tensor.file}: `{tensor.key}` holds a NaN or an infinity.")
+        cast = piece if dtype is None else piece.to(dtype)
+        if cast is not piece and not cast.isfinite().all():
+            raise ValueError(f"{tensor.file}: `{tensor.key}` holds a number that does not fit into {dtype}.")
+        yield cast
+
+
+def read_tensor(tensor: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """
+    Read a whole tensor into memory of its own, checked and cast as by [`write_tensors`]. A pickle cannot be written a
+    piece at a time.
+    """
+    return torch.cat(list(_read_pieces(tensor, dtype))).view(tensor.shape)
 
 
 def copy_tokenizer(source: Path, destination: Path) -> PreTrainedTokenizerBase:

@@ -114,7 +114,9 @@ def open_autoencoder(
     try:
         return match_autoencoder(checkpoint, RELEASED_CONFIG)
     except ValueError as error:
-        raise ValueError(f"{error} Without `--config` the autoencoder is taken to be the released d16c32.") from error
+        raise ValueError(
+            f"{error} Without a file of its settings the autoencoder is taken to be the released d16c32."
+        ) from error
 
 
 def convert_tokenizer(

@@ -1,21 +1,30 @@
-"""Write a `BitDancePipeline` back in the original's layout.
+"""Write a `BitDancePipeline` or a `BitDanceClassPipeline` back in the original's layout.
 
     python conversion/export_original.py --pipeline_path bitdance-14b-16x --output_path BitDance-14B-16x
 
-Without `--dtype` every tensor keeps its bits; a cast to a narrower dtype rounds. The language model's output layer
-(`lm_head.weight`) is in the export only if it is in the pipeline, that is, if the conversion kept it with
-`--keep_lm_head`.
+Without `--dtype` every tensor keeps its bits; a cast to a narrower dtype rounds. The original has no place for a
+pipeline's defaults: sizes, steps, guidance and names of classes.
+
+Text to image: the language model's output layer (`lm_head.weight`) is in the export only if it is in the pipeline,
+that is, if the conversion kept it with `--keep_lm_head`.
+
+Class to image: `bitdance.pt`, `ae.pt` and `ae_ddconfig.json`. A pipeline holds one set of weights, which is both
+`model` and `ema` of `bitdance.pt`; the optimizer's state, the number of epochs (written as 0) and all of `args` that a
+conversion does not read are gone. The original keeps the number of attention heads in the name of the model alone, so
+that converting the export of another than BitDance-B, -L or -H takes `--num_attention_heads`.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoints import (
     DTYPES,
     Checkpoint,
+    StoredTensor,
     add_dtype_argument,
     check_count,
     check_output_path,
@@ -26,6 +35,7 @@ from checkpoints import (
     output_folder,
     read_json,
     read_settings,
+    read_tensor,
     run_command,
     state_dict_shapes,
     write_json,
@@ -34,12 +44,27 @@ from checkpoints import (
 from weights import (
     autoencoder_config_to_original,
     autoencoder_key_to_original,
+    class_args_to_original,
+    class_tensor_to_original,
+    class_transformer_key_to_original,
     language_model_config_to_original,
     transformer_key_to_original,
     vision_head_config_to_original,
 )
 
-from bitdance_diffusers import BinaryDiffusionScheduler, BitDanceTokenizer, BitDanceTransformer
+from bitdance_diffusers import (
+    BinaryDiffusionScheduler,
+    BitDanceClassTransformer,
+    BitDanceTokenizer,
+    BitDanceTransformer,
+)
+
+# Config fields for the number of blocks, by what stands before it in the names of a transformer's tensors.
+_TRANSFORMER_COUNTS = {
+    "layers": "num_layers",
+    "head.blocks": "head_num_layers",
+    "head.modulations": "head_num_modulations",
+}
 
 
 def open_component(cls: type, folder: Path, counts: dict[str, str]) -> tuple[torch.nn.Module, Checkpoint]:
@@ -68,10 +93,8 @@ def open_component(cls: type, folder: Path, counts: dict[str, str]) -> tuple[tor
 
 def export_original(pipeline_path: Path, output_path: Path, dtype: torch.dtype | None = None) -> list[str]:
     """
-    Write a saved [`BitDancePipeline`] as the original keeps it: a `Qwen3ForCausalLM` (in shards where it exceeds the
-    pipeline's largest), projector, head, autoencoder, their configs and the text tokenizer's files.
-
-    The original has no place for a pipeline's default and supported sizes, steps and guidance.
+    Write a saved [`BitDancePipeline`] or [`BitDanceClassPipeline`] as the original keeps it. What is lost stands at
+    the top of this file.
 
     Args:
         pipeline_path: What `save_pretrained` or a converter wrote.
@@ -80,7 +103,8 @@ def export_original(pipeline_path: Path, output_path: Path, dtype: torch.dtype |
 
     Returns:
         `list[str]`: names of the tensors that the original's file has and this export lacks: `["lm_head.weight"]` for
-        a pipeline without it. The export then draws the same pictures, but loads with a random output layer for text.
+        a text-to-image pipeline without it. The export then draws the same pictures, but loads with a random output
+        layer for text.
 
     Raises:
         ValueError: the output exists, the pipeline is damaged or incomplete, contradicts its configs, does what the
@@ -89,29 +113,35 @@ def export_original(pipeline_path: Path, output_path: Path, dtype: torch.dtype |
     check_output_path(output_path)
     index = pipeline_path / "model_index.json"
     class_name = read_json(index).get("_class_name")
-    if class_name != "BitDancePipeline":
-        raise ValueError(f"{index}: `_class_name` is {class_name!r}; only a 'BitDancePipeline' can be exported.")
-    transformer, transformer_checkpoint = open_component(
-        BitDanceTransformer,
-        pipeline_path / "transformer",
-        {"layers": "num_layers", "head.blocks": "head_num_layers", "head.modulations": "head_num_modulations"},
+    if class_name == "BitDancePipeline":
+        return _export_text_to_image(pipeline_path, output_path, dtype)
+    if class_name == "BitDanceClassPipeline":
+        _export_class_to_image(pipeline_path, output_path, dtype)
+        return []
+    raise ValueError(
+        f"{index}: `_class_name` is {class_name!r}; only a 'BitDancePipeline' or a 'BitDanceClassPipeline' can be "
+        "exported."
     )
-    vae, vae_checkpoint = open_component(
-        BitDanceTokenizer, pipeline_path / "vae", {"encoder.down_blocks.0.resnets": "layers_per_block"}
+
+
+def _export_text_to_image(pipeline_path: Path, output_path: Path, dtype: torch.dtype | None) -> list[str]:
+    """
+    A `Qwen3ForCausalLM` (in shards where it exceeds the pipeline's largest), projector, head, autoencoder, their
+    configs and the text tokenizer's files.
+    """
+    transformer, transformer_checkpoint = open_component(
+        BitDanceTransformer, pipeline_path / "transformer", _TRANSFORMER_COUNTS
     )
     scheduler_file = pipeline_path / "scheduler" / "scheduler_config.json"
     with naming(scheduler_file):
         scheduler = BinaryDiffusionScheduler.from_config(read_settings(scheduler_file))
         vision_head_config = vision_head_config_to_original(transformer.config, scheduler.config)
-    with naming(pipeline_path / "vae" / "config.json"):
-        autoencoder_config = autoencoder_config_to_original(vae.config)
+    _, autoencoder, autoencoder_config = _open_autoencoder(pipeline_path)
 
     parts = {"language_model": {}, "projector": {}, "vision_head": {}}
     for key, tensor in transformer_checkpoint.tensors.items():
         part, original = transformer_key_to_original(key, transformer.config.head_use_swiglu)
         parts[part][original] = tensor
-    levels = len(vae.config.block_out_channels)
-    autoencoder = {autoencoder_key_to_original(key, levels): value for key, value in vae_checkpoint.tensors.items()}
     language_model_dtype = dtype or parts["language_model"]["model.embed_tokens.weight"].dtype
 
     with output_folder(output_path) as folder:
@@ -130,8 +160,55 @@ def export_original(pipeline_path: Path, output_path: Path, dtype: torch.dtype |
     return [] if transformer.config.use_lm_head else ["lm_head.weight"]
 
 
+def _export_class_to_image(pipeline_path: Path, output_path: Path, dtype: torch.dtype | None) -> None:
+    """
+    A training pickle without optimizer, and the autoencoder, which is in it too as the original writes it (`vae.*`). A
+    pickle is written from memory: the model (4.4 GB for BitDance-H in float32) has to fit.
+    """
+    transformer, checkpoint = open_component(
+        BitDanceClassTransformer, pipeline_path / "transformer", _TRANSFORMER_COUNTS
+    )
+    scheduler_file = pipeline_path / "scheduler" / "scheduler_config.json"
+    with naming(scheduler_file):
+        scheduler = BinaryDiffusionScheduler.from_config(read_settings(scheduler_file))
+    vae, autoencoder, autoencoder_config = _open_autoencoder(pipeline_path)
+    with naming(pipeline_path):
+        args = class_args_to_original(transformer.config, scheduler.config, vae.spatial_compression_ratio)
+
+    keys_of = {}  # the parts of every tensor of the original, in the order of its rows
+    for key in state_dict_shapes(transformer):
+        original, part, _ = class_transformer_key_to_original(key)
+        keys_of.setdefault(original, {})[part] = key
+    num_attention_heads = transformer.config.num_attention_heads
+    weights = {}
+    for original, keys in keys_of.items():
+        parts = {key: read_tensor(checkpoint.tensors[key], dtype) for _, key in sorted(keys.items())}
+        weights[original] = class_tensor_to_original(parts, num_attention_heads)
+    autoencoder_weights = {key: read_tensor(tensor, dtype) for key, tensor in autoencoder.items()}
+    weights.update({f"vae.{key}": tensor for key, tensor in autoencoder_weights.items()})
+
+    with output_folder(output_path) as folder:
+        training = {"model": weights, "ema": weights, "epochs": 0, "args": argparse.Namespace(**args)}
+        torch.save(training, folder / "bitdance.pt")  # tensors that occur twice are in the file once
+        torch.save({"state_dict": autoencoder_weights}, folder / "ae.pt")
+        write_json(folder / "ae_ddconfig.json", autoencoder_config["ddconfig"])
+
+
+def _open_autoencoder(pipeline_path: Path) -> tuple[BitDanceTokenizer, dict[str, StoredTensor], dict[str, Any]]:
+    """The pipeline's `vae`, its tensors by the original's names, and the original's settings of it."""
+    vae, checkpoint = open_component(
+        BitDanceTokenizer, pipeline_path / "vae", {"encoder.down_blocks.0.resnets": "layers_per_block"}
+    )
+    with naming(pipeline_path / "vae" / "config.json"):
+        config = autoencoder_config_to_original(vae.config)
+    levels = len(vae.config.block_out_channels)
+    return vae, {autoencoder_key_to_original(key, levels): value for key, value in checkpoint.tensors.items()}, config
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a BitDancePipeline back in the original's layout.")
+    parser = argparse.ArgumentParser(
+        description="Write a BitDancePipeline or a BitDanceClassPipeline back in the original's layout."
+    )
     parser.add_argument("--pipeline_path", type=Path, required=True, help="Folder of the saved pipeline.")
     parser.add_argument("--output_path", type=Path, required=True, help="The new folder.")
     add_dtype_argument(parser)

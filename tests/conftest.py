@@ -1,10 +1,12 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from convert_class_to_image import convert_class_to_image
 from convert_text_to_image import convert_text_to_image
 
-from bitdance_diffusers import BitDancePipeline
+from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
 
 CASES = Path(__file__).parent / "cases"
 
@@ -29,6 +31,40 @@ def t2i_pipeline(t2i_pipeline_path):
 
     def load(**kwargs):
         pipeline = BitDancePipeline.from_pretrained(t2i_pipeline_path, **kwargs)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def class_pipeline_path(case_path, tmp_path_factory):
+    """`class_pipeline_path(name)`: a class-conditional case ("class_p1" or "class_p4") as a saved pipeline."""
+    folder = tmp_path_factory.mktemp("class")
+
+    def convert(name):
+        path = folder / name
+        if not path.exists():
+            original = case_path(name) / "original"
+            case = json.loads((case_path(name) / "case.json").read_text())
+            convert_class_to_image(
+                original / "bitdance.pt",
+                original / "ae.pt",
+                path,
+                vae_config=original / "ae_ddconfig.json",
+                num_attention_heads=case["n_head"],
+            )
+        return path
+
+    return convert
+
+
+@pytest.fixture
+def class_pipeline(class_pipeline_path):
+    """`class_pipeline(name, **kwargs)`: that pipeline, loaded anew."""
+
+    def load(name, **kwargs):
+        pipeline = BitDanceClassPipeline.from_pretrained(class_pipeline_path(name), **kwargs)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

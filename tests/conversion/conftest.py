@@ -1,7 +1,10 @@
+import argparse
 import json
 import shutil
 
 import pytest
+import torch
+from checkpoints import read_pickle
 from safetensors.torch import load_file, save_file
 
 
@@ -30,6 +33,36 @@ def port(case_path, tmp_path):
     for source, destination in files.items():
         (folder / destination).symlink_to(case_path("t2i_p4") / "original" / source)
     return folder
+
+
+@pytest.fixture
+def class_original(case_path, tmp_path):
+    """
+    `class_original(name)`: a copy of a class-conditional case's checkpoint (`bitdance.pt`, `ae.pt`,
+    `ae_ddconfig.json`), whose files are links until a test changes them.
+    """
+
+    def copy(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in (case_path(name) / "original").iterdir():
+            (folder / file.name).symlink_to(file)
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def edit_pickle():
+    """`edit_pickle(file, change)` rewrites a pickle with what `change` made of its dictionary."""
+
+    def edit(file, change):
+        content = read_pickle(file, allowed=(argparse.Namespace,))
+        change(content)
+        file.unlink()
+        torch.save(content, file)
+
+    return edit
 
 
 @pytest.fixture(scope="session")
