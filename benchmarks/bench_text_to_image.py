@@ -1,0 +1,215 @@
+"""Time of text to image, without decoding the picture, for a transformer of random weights.
+
+    python benchmarks/bench_text_to_image.py --preset small --compile --against plain_loop
+    python benchmarks/bench_text_to_image.py --preset small --compile --against plain_loop --batch_size 8
+    python benchmarks/bench_text_to_image.py --preset small --compile --against plain_loop \
+        --solver_type exponential_2m --num_inference_steps 19
+    python benchmarks/bench_text_to_image.py --preset 14b-64x --device cuda --compile
+    python benchmarks/bench_text_to_image.py --config examples/configs/icons_transformer.json --height 128 --width 128
+
+Presets: `tiny` and `small`, head (6 blocks, 2 modulations, SwiGLU) and decoder (6 layers) of width 128 and 512, P = 16,
+256 tokens (256 x 256 pixels), float32; `14b-16x` and `14b-64x`, the released sizes at 1024 x 1024, bfloat16 on an
+accelerator. A --config is a transformer's config.json; the picture has 256 tokens where no size is given.
+
+Every variant is run in turn, and the median of its runs counts:
+
+- `pipeline`: `BitDancePipeline` with `output_type="latent"`.
+- `bare forwards`: what the pipeline's call asked of the transformer (the text, a decoder pass for every patch but the
+  last, all evaluations of the head) again, with the same tensors and nothing in between.
+- `compiled ...`: both with `torch.compile(transformer)`; on a CPU inductor freezes and prepacks the weights.
+- `plain loop`: the same prompts and weights by plain_loop.py, always with the first solver and --against_steps.
+
+`roofline` is the least time that operations and bytes take on this machine (roofline.py), divided by the time.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import interleave, medians, print_record, print_table, synchronize
+from plain_loop import draw_codes
+from random_pipelines import PIXELS_PER_TOKEN, PRESETS, prompts, random_pipeline
+from roofline import find_machine, least_seconds, picture, totals
+
+from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
+from bitdance_diffusers.models.block_causal_decoder import StaticKVCache
+from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--preset", choices=list(PRESETS), default="small")
+    size.add_argument("--config", type=Path, help="a transformer's config.json")
+    parser.add_argument("--height", type=int, help="in pixels, 16 a token")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures, of different prompts")
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", type=float, default=7.5)
+    parser.add_argument("--solver_type", choices=SOLVERS, default="euler_maruyama")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", metavar="MODE", help="also compiled, in a mode of torch.compile"
+    )
+    parser.add_argument("--attention_backend", help="one of Diffusers' attention backends")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--against", choices=["plain_loop"])
+    parser.add_argument("--against_steps", type=int, default=50, help="steps of the plain loop")
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args(arguments)
+    for name in ("batch_size", "num_inference_steps", "against_steps", "runs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
+    if args.dtype is None:
+        args.dtype = "float32" if args.device == "cpu" else "bfloat16"
+    return args
+
+
+def compiled_pipeline(pipeline: BitDancePipeline, mode: str) -> BitDancePipeline:
+    """A second pipeline with the same weights, whose transformer is compiled at its first call."""
+    compiled = BitDancePipeline(**pipeline.components)
+    compiled.set_progress_bar_config(disable=True)
+    torch._inductor.config.freezing = pipeline.device.type == "cpu"  # constant, prepacked weights
+    compiled.transformer = torch.compile(pipeline.transformer, mode=mode)
+    return compiled
+
+
+class RecordedForwards:
+    """The forwards that a call of the pipeline makes, to run again with the same tensors and nothing in between."""
+
+    def __init__(self, transformer: BitDanceTransformer):
+        self.calls: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.kv_cache: StaticKVCache | None = None
+        self._hook = transformer.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, module: BitDanceTransformer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if "input_ids" in kwargs:  # the token embedding
+            return
+        cache = kwargs.get("kv_cache")
+        if cache is not None:
+            self.kv_cache = cache
+        # What `StaticKVCache.extend` prepared for this call.
+        slots = ("position_ids", "write_slots", "read_slots")
+        self.calls.append((kwargs, {} if cache is None else {name: getattr(cache, name) for name in slots}))
+
+    def stop(self) -> None:
+        self._hook.remove()
+
+    @torch.no_grad()
+    def replay(self, transformer: Callable[..., Any]) -> None:
+        for kwargs, slots in self.calls:
+            for name, value in slots.items():
+                setattr(self.kv_cache, name, value)
+            transformer(**kwargs)
+
+    @property
+    def text_lengths(self) -> list[int]:
+        """Tokens in front of the picture, of every row."""
+        groups = zip(self.kv_cache.text_lengths, self.kv_cache.layers[0].groups, strict=True)
+        return [length for length, (keys, _) in groups for _ in range(keys.shape[0])]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    config, side = PRESETS[args.preset] if args.config is None else (json.loads(args.config.read_text()), 16)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    height, width = args.height or side * PIXELS_PER_TOKEN, args.width or side * PIXELS_PER_TOKEN
+
+    # 1. The variants
+    pipeline = random_pipeline(config, device, dtype, solver_type=args.solver_type)
+    transformer = pipeline.transformer
+    if args.attention_backend is not None:
+        transformer.set_attention_backend(args.attention_backend)
+    texts = prompts(args.batch_size)
+    size = {"height": height, "width": width, "guidance_scale": args.guidance_scale}
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator(device).manual_seed(seed) for seed in range(args.batch_size)]
+
+    def draw(pipeline: BitDancePipeline) -> torch.Tensor:
+        steps = args.num_inference_steps
+        call = {**size, "num_inference_steps": steps, "generator": generators(), "output_type": "latent"}
+        return pipeline(texts, **call).images
+
+    def draw_plainly() -> torch.Tensor:
+        return draw_codes(pipeline, texts, **size, num_inference_steps=args.against_steps, generators=generators())
+
+    recorded = RecordedForwards(transformer)
+    codes = {"pipeline": draw(pipeline)}
+    recorded.stop()
+    variants = {"pipeline": lambda: draw(pipeline), "bare forwards": lambda: recorded.replay(transformer)}
+    compile_seconds = None
+    if args.compile is not None:
+        compiled = compiled_pipeline(pipeline, args.compile)
+        start = time.perf_counter()
+        codes["compiled pipeline"] = draw(compiled)
+        synchronize(device)
+        compile_seconds = time.perf_counter() - start
+        variants["compiled pipeline"] = lambda: draw(compiled)
+        variants["compiled bare forwards"] = lambda: recorded.replay(compiled.transformer)
+    if args.against is not None:
+        codes["plain loop"] = draw_plainly()
+        variants["plain loop"] = draw_plainly
+
+    # 2. Time them
+    seconds = interleave(variants, args.runs, device)
+    median = medians(seconds)
+
+    # 3. Report
+    num_patches = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN) // transformer.config.patch_size**2
+    forwards = picture(
+        transformer.config, recorded.text_lengths, num_patches, args.num_inference_steps + 1, dtype.itemsize
+    )
+    flops, moved = totals(forwards)
+    machine = find_machine(device, dtype)
+    least = None if machine is None else least_seconds(forwards, machine)
+    rows = []
+    for name, total in median.items():
+        row = [name, total, total / args.batch_size]
+        row.append("" if least is None else f"{least / total:.1%}")
+        if args.against is not None:
+            row.append(f"{median['plain loop'] / total:.2f}x")
+        rows.append(row)
+    against = ["against the plain loop"] if args.against is not None else []
+    print_table(["variant", "seconds", "a picture", "roofline", *against], rows)
+    equal_bits = {name: (code == codes["pipeline"]).float().mean().item() for name, code in codes.items()}
+    print(f"{flops / 1e9:.4g} GFLOP and {moved / 1e9:.4g} GB a batch; bits equal to the pipeline's: {equal_bits}")
+    if machine is not None:
+        peaks = f"{machine.flops / 1e9:.4g} GFLOP/s, {machine.bandwidth / 1e9:.4g} GB/s"
+        print(f"least time {least:.4g} s ({machine.name}: {peaks})")
+    if compile_seconds is not None:
+        print(f"first call of the compiled pipeline: {compile_seconds:.1f} s")
+    print_record(
+        "text_to_image",
+        device,
+        model=args.preset if args.config is None else args.config.name,
+        height=height,
+        width=width,
+        batch_size=args.batch_size,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        solver_type=args.solver_type,
+        compile=args.compile,
+        attention_backend=args.attention_backend,
+        dtype=args.dtype,
+        against_steps=args.against_steps if args.against is not None else None,
+        seconds=seconds,
+        median_seconds=median,
+        compile_seconds=compile_seconds,
+        equal_bits=equal_bits,
+        flops=flops,
+        bytes=moved,
+        peak_flops=None if machine is None else machine.flops,
+        peak_bandwidth=None if machine is None else machine.bandwidth,
+        least_seconds=least,
+    )
+
+
+if __name__ == "__main__":
+    main()
