@@ -295,10 +295,10 @@ class BlockCausalDecoderLayer(nn.Module):
 
 
 class BlockCausalDecoder(nn.ModuleList):
-    """The stack of layers. The arguments after `num_layers` are those of a layer."""
+    """The stack of [`BlockCausalDecoderLayer`]s."""
 
-    def __init__(self, num_layers: int, *args, **kwargs):
-        super().__init__([BlockCausalDecoderLayer(*args, **kwargs) for _ in range(num_layers)])
+    def __init__(self, layers: list[BlockCausalDecoderLayer]):
+        super().__init__(layers)
         self.gradient_checkpointing = False
 
     def forward(

@@ -14,7 +14,13 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from .binary_diffusion_head import BinaryDiffusionHead, predict_patches
-from .block_causal_decoder import BlockCausalDecoder, StaticKVCache, block_causal_mask, rotary_1d
+from .block_causal_decoder import (
+    BlockCausalDecoder,
+    BlockCausalDecoderLayer,
+    StaticKVCache,
+    block_causal_mask,
+    rotary_1d,
+)
 from .transformer_mixin import BitDanceTransformerMixin, BitDanceTransformerOutput
 
 
@@ -92,14 +98,18 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.projector = PixArtAlphaTextProjection(in_channels, hidden_size, act_fn="gelu_tanh")
         self.layers = BlockCausalDecoder(
-            num_layers,
-            hidden_size,
-            num_attention_heads,
-            num_key_value_heads,
-            attention_head_dim,
-            intermediate_size,
-            qk_norm=True,
-            eps=norm_eps,
+            [
+                BlockCausalDecoderLayer(
+                    hidden_size,
+                    num_attention_heads,
+                    num_key_value_heads,
+                    attention_head_dim,
+                    intermediate_size,
+                    qk_norm=True,
+                    eps=norm_eps,
+                )
+                for _ in range(num_layers)
+            ]
         )
         self.norm_out = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False) if use_lm_head else None

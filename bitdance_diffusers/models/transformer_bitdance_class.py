@@ -13,7 +13,13 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from .binary_diffusion_head import BinaryDiffusionHead, FeedForward, predict_patches
-from .block_causal_decoder import BlockCausalDecoder, StaticKVCache, block_causal_mask, rotary_2d
+from .block_causal_decoder import (
+    BlockCausalDecoder,
+    BlockCausalDecoderLayer,
+    StaticKVCache,
+    block_causal_mask,
+    rotary_2d,
+)
 from .transformer_mixin import BitDanceTransformerMixin, BitDanceTransformerOutput
 
 
@@ -77,14 +83,18 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         self.projector = FeedForward(in_channels, hidden_size, use_swiglu=True)
         self.norm_in = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.layers = BlockCausalDecoder(
-            num_layers,
-            hidden_size,
-            num_attention_heads,
-            num_attention_heads,
-            head_dim,
-            intermediate_size,
-            qk_norm=False,
-            eps=norm_eps,
+            [
+                BlockCausalDecoderLayer(
+                    hidden_size,
+                    num_attention_heads,
+                    num_attention_heads,
+                    head_dim,
+                    intermediate_size,
+                    qk_norm=False,
+                    eps=norm_eps,
+                )
+                for _ in range(num_layers)
+            ]
         )
         self.norm_out = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.position_embed = nn.Embedding(sample_size**2, hidden_size)

@@ -50,6 +50,17 @@ def test_compiled_once(t2i_pipeline, graphs, how):
     assert graphs.count == first
 
 
+def test_class_pipeline_compiled_once(class_pipeline, graphs):
+    pipeline = class_pipeline("class_p4")
+    call = {"num_inference_steps": 3, "output_type": "latent"}
+    expected = [pipeline(label, generator=torch.Generator().manual_seed(0), **call).images for label in (1, 7)]
+    pipeline.transformer.compile(fullgraph=True, backend=graphs)
+    for _ in range(2):
+        for label, code in zip((1, 7), expected, strict=True):
+            assert torch.equal(pipeline(label, generator=torch.Generator().manual_seed(0), **call).images, code)
+        assert graphs.count == 3  # class, fed-back patch and denoising
+
+
 def test_compiled_with_inductor_agrees_with_eager(t2i_pipeline):
     """The real thing, once: a head evaluation through the default backend."""
     transformer = t2i_pipeline().transformer
