@@ -35,6 +35,7 @@ logger = get_logger(__name__)
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training_utils.add_training_arguments(parser)
+    training_utils.add_icons_argument(parser)
     model = parser.add_argument_group("tokenizer (exactly one source)")
     model.add_argument("--tokenizer_config", type=Path, help="a config.json; train from scratch")
     model.add_argument("--pretrained_model_name_or_path", help="a tokenizer to go on from, or a pipeline with one")

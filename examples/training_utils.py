@@ -12,10 +12,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ FREE_ON_RESUME = {
     "output_dir", "logging_dir", "report_to", "max_train_steps", "num_train_epochs", "dataloader_num_workers",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
     "push_to_hub", "hub_model_id", "hub_token", "lr_decay_steps", "validation_prompts", "num_validation_images",
-    "num_inference_steps", "guidance_scale", "save_dtype", "cache_codes",
+    "num_inference_steps", "guidance_scale", "save_dtype", "cache_codes", "validation_labels", "guidance_schedule",
 }  # fmt: skip
 
 
@@ -47,9 +47,10 @@ FREE_ON_RESUME = {
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every training script, named as in Diffusers' training examples."""
     data = parser.add_argument_group("pictures (exactly one source)")
-    data.add_argument("--train_data_dir", type=Path, help="an image folder, with captions in its metadata.jsonl")
+    data.add_argument(
+        "--train_data_dir", type=Path, help="an image folder: captions in its metadata.jsonl, or a subfolder per class"
+    )
     data.add_argument("--dataset_name", help="a dataset of the Hub, or a folder, for `datasets.load_dataset`")
-    data.add_argument("--icons", type=int, metavar="N", help="draw N pictures of the icon world per epoch")
     data.add_argument("--dataset_config_name", help="configuration of --dataset_name")
     data.add_argument("--image_column", default="image", help="column of --dataset_name with the pictures")
     data.add_argument("--max_train_samples", type=int, help="use only the first so many pictures")
@@ -94,21 +95,26 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     optimizer.add_argument("--max_grad_norm", type=float, default=1.0)
 
 
+def add_icons_argument(parser: argparse.ArgumentParser) -> None:
+    """Add one more source of pictures, which have captions but no classes."""
+    parser.add_argument("--icons", type=int, metavar="N", help="draw N pictures of the icon world per epoch")
+
+
 def check_training_arguments(args: argparse.Namespace) -> None:
     """
     Raises:
         ValueError: for a number out of range or arguments in conflict, naming them.
     """
-    sources = [name for name in ("train_data_dir", "dataset_name", "icons") if getattr(args, name) is not None]
-    if len(sources) != 1:
-        given = ", ".join(f"--{name}" for name in sources) or "none"
-        raise ValueError(f"Give exactly one of --train_data_dir, --dataset_name and --icons, not {given}.")
+    sources = [name for name in ("train_data_dir", "dataset_name", "icons") if hasattr(args, name)]
+    given = [name for name in sources if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"Give exactly one of {list_flags(sources)}, not {list_flags(given) or 'none'}.")
     positive = (
         "icons", "max_train_samples", "resolution", "train_batch_size", "num_train_epochs", "max_train_steps",
         "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     )  # fmt: skip
     for name in positive:
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name} has to be at least 1 but is {value}.")
     for name in ("seed", "dataloader_num_workers", "lr_warmup_steps", "lr_decay_steps"):
@@ -123,6 +129,11 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--ema_decay has to be in [0, 1) but is {args.ema_decay}.")
     if args.hub_token is not None and not args.push_to_hub:
         raise ValueError("--hub_token without --push_to_hub has no effect.")
+
+
+def list_flags(names: Iterable[str]) -> str:
+    """The arguments as they are written on the command line."""
+    return ", ".join(f"--{name}" for name in names)
 
 
 def training_configuration(args: argparse.Namespace, num_processes: int, **more: Any) -> dict[str, Any]:
@@ -204,14 +215,12 @@ class ImageFolder(Dataset):
         if not folder.is_dir():
             raise ValueError(f"The folder of pictures {folder} does not exist.")
         if caption_column is None:
-            paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            self.entries = [(path, "") for path in paths]
+            self.entries = [(path, "") for path in _find_images(folder)]
         else:
             self.entries = list(_read_metadata(folder, caption_column))
         if not self.entries:
             raise ValueError(f"There are no pictures in {folder}.")
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(read_image, (path for path, _ in self.entries)))
+        _check_images(path for path, _ in self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -219,6 +228,48 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, text = self.entries[index]
         return {"image": read_image(path), "text": text}
+
+
+class ClassFolder(Dataset):
+    """
+    Pictures of a folder with a subfolder for each class: items `{"image": PIL RGB, "label": int}`. The subfolders'
+    sorted names are the classes, `label_names`. Of the items the first are the first pictures of all classes.
+
+    Raises:
+        ValueError: if there is no class, a class has no picture or a picture is broken; every picture is decoded once
+            to know.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"The folder of pictures {folder} does not exist.")
+        self.label_names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if not self.label_names:
+            raise ValueError(f"There are no classes in {folder}; each has to be a subfolder with its pictures.")
+        ranked = []
+        for label, name in enumerate(self.label_names):
+            paths = _find_images(folder / name)
+            if not paths:
+                raise ValueError(f"There are no pictures of the class {name!r} in {folder / name}.")
+            ranked += [(rank, label, path) for rank, path in enumerate(paths)]
+        self.entries = [(path, label) for _, label, path in sorted(ranked)]
+        _check_images(path for path, _ in self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, label = self.entries[index]
+        return {"image": read_image(path), "label": label}
+
+
+def _find_images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _check_images(paths: Iterable[Path]) -> None:
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(read_image, paths))
 
 
 def _read_metadata(folder: Path, caption_column: str) -> Iterator[tuple[Path, str]]:
@@ -256,34 +307,50 @@ def read_image(path: Path) -> Image.Image:
 
 class HubDataset(Dataset):
     """
-    The `train` split of a dataset of the Hub: items `{"image": PIL RGB, "text": str}`.
+    The `train` split of a dataset of the Hub: items `{"image": PIL RGB, "text": str}`, or with `target` "label"
+    `{"image": PIL RGB, "label": int}`; `label_names` are then the classes' names.
 
     Raises:
-        ValueError: if a column is missing or of another type.
+        ValueError: if a column is missing or of another type, or a picture has no label.
     """
 
-    def __init__(self, name: str, config_name: str | None, image_column: str, caption_column: str | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        config_name: str | None,
+        image_column: str,
+        target_column: str | None,
+        target: Literal["text", "label"] = "text",
+    ) -> None:
         import datasets
 
         self.rows = datasets.load_dataset(name, config_name, split="train")
-        self.image_column, self.caption_column = image_column, caption_column
-        for column, kind in ((image_column, datasets.Image), (caption_column, datasets.Value)):
+        self.image_column, self.target_column, self.target = image_column, target_column, target
+        wanted = {
+            "image": (datasets.Image, "pictures"),
+            "text": (datasets.Value, "text"),
+            "label": (datasets.ClassLabel, "class labels"),
+        }
+        for column, kind in ((image_column, "image"), (target_column, target)):
             if column is None:
                 continue
             if column not in self.rows.features:
                 raise ValueError(f"{name} has no column {column!r}; it has {list(self.rows.features)}.")
-            feature = self.rows.features[column]
-            if not isinstance(feature, kind) or (kind is datasets.Value and "string" not in feature.dtype):
-                wanted = "pictures" if kind is datasets.Image else "text"
-                raise ValueError(f"The column {column!r} of {name} has to hold {wanted} but holds {feature}.")
+            feature, (type_, content) = self.rows.features[column], wanted[kind]
+            if not isinstance(feature, type_) or (kind == "text" and "string" not in feature.dtype):
+                raise ValueError(f"The column {column!r} of {name} has to hold {content} but holds {feature}.")
+        if target == "label":
+            self.label_names = self.rows.features[target_column].names
+            if not set(self.rows.unique(target_column)) <= set(range(len(self.label_names))):
+                raise ValueError(f"The column {target_column!r} of {name} has rows without a class.")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        text = "" if self.caption_column is None else row[self.caption_column]
-        return {"image": ImageOps.exif_transpose(row[self.image_column]).convert("RGB"), "text": text}
+        image = ImageOps.exif_transpose(row[self.image_column]).convert("RGB")
+        return {"image": image, self.target: "" if self.target_column is None else row[self.target_column]}
 
 
 def load_pictures(
@@ -303,17 +370,34 @@ def load_pictures(
         dataset = ImageFolder(args.train_data_dir, caption_column)
     else:
         dataset = HubDataset(args.dataset_name, args.dataset_config_name, args.image_column, caption_column)
-    if args.max_train_samples is not None:
-        dataset = Subset(dataset, range(min(args.max_train_samples, len(dataset))))
-    return dataset
+    return _take_first(dataset, args.max_train_samples)
+
+
+def load_labelled_pictures(args: argparse.Namespace, label_column: str) -> tuple[Dataset, list[str]]:
+    """
+    The pictures that the arguments name, a map-style dataset of `{"image": PIL RGB, "label": int}`, and the names of
+    their classes.
+
+    Raises:
+        ValueError: if there are none, or they are not as the arguments say.
+    """
+    if args.train_data_dir is not None:
+        dataset = ClassFolder(args.train_data_dir)
+    else:
+        dataset = HubDataset(args.dataset_name, args.dataset_config_name, args.image_column, label_column, "label")
+    return _take_first(dataset, args.max_train_samples), dataset.label_names
+
+
+def _take_first(dataset: Dataset, number: int | None) -> Dataset:
+    return dataset if number is None else Subset(dataset, range(min(number, len(dataset))))
 
 
 class CroppedPictures(Dataset):
     """
-    Pictures as tensors: items, of index (epoch, i), `{"pixel_values": float32 (3, resolution, resolution) in [-1, 1],
-    "text": str}`. The shorter side is resized to `resolution` and a part cropped; with a `random_scale` (least,
-    greatest), half of the pictures are first resized by a factor from there, evenly in its logarithm. Scale, crop
-    and mirroring are a function of (seed, epoch, i).
+    Pictures as tensors: items, of index (epoch, i), with `"pixel_values"`, float32 (3, resolution, resolution) in
+    [-1, 1], in place of `"image"`. The shorter side is resized to `resolution` and a part cropped; with a
+    `random_scale` (least, greatest), half of the pictures are first resized by a factor from there, evenly in its
+    logarithm. Scale, crop and mirroring are a function of (seed, epoch, i).
     """
 
     def __init__(
@@ -346,7 +430,7 @@ class CroppedPictures(Dataset):
         image = crop(item["image"], self.resolution, *where, scale)
         if mirrored:
             image = ImageOps.mirror(image)
-        return {"pixel_values": to_pixel_values(image), "text": item["text"]}
+        return {"pixel_values": to_pixel_values(image)} | {name: item[name] for name in item if name != "image"}
 
 
 def crop(image: Image.Image, resolution: int, top: float, left: float, scale: float = 1.0) -> Image.Image:

@@ -1,19 +1,30 @@
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import TOKENIZER_FILES, open_safetensors_folder
+from checkpoints import TOKENIZER_FILES, open_safetensors_folder, read_pickle, read_settings
+from convert_class_to_image import convert_class_to_image
 from convert_text_to_image import convert_text_to_image
 from export_original import export_original, main
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from weights import class_args_to_original
 
-from bitdance_diffusers import BitDancePipeline
+from bitdance_diffusers import (
+    BinaryDiffusionScheduler,
+    BitDanceClassPipeline,
+    BitDanceClassTransformer,
+    BitDancePipeline,
+    BitDanceTokenizer,
+)
 
 PARTS = ("model", "projector", "vision_head", "ae")
+MODEL_FILE = "diffusion_pytorch_model.safetensors"
 COMMANDS = Path(__file__).parents[2] / "conversion"
 
 
@@ -154,7 +165,7 @@ def test_settings_other_than_the_cases_survive(original, tmp_path, edit_json, ed
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "`_class_name` is 'FluxPipeline'"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "`_class_name` is 'FluxPipeline'; only a"),
         ("scheduler/scheduler_config.json", {"solver_type": "exponential"}, "`solver_type`.*'exponential'"),
         ("transformer/config.json", {"num_layers": 10**9}, "`layers` has 2 entries, but `num_layers` says 1000000000"),
         ("transformer/config.json", {"head_num_modulations": 2}, "`head_num_modulations` says 2"),
@@ -198,3 +209,194 @@ def test_the_command_runs_as_a_script(t2i_pipeline_path, tmp_path):
     result = subprocess.run([*command, "--output_path", "exported"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and "Wrote exported" in result.stdout
     assert (tmp_path / "exported" / "config.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class-conditional pipelines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_training_pickle(folder):
+    return read_pickle(folder / "bitdance.pt", allowed=(argparse.Namespace,))
+
+
+def convert_class(original, output_path, num_attention_heads):
+    convert_class_to_image(
+        original / "bitdance.pt",
+        original / "ae.pt",
+        output_path,
+        vae_config=original / "ae_ddconfig.json",
+        num_attention_heads=num_attention_heads,
+    )
+
+
+def assert_same_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert actual[key].dtype == tensor.dtype and torch.equal(actual[key], tensor), key
+
+
+@pytest.fixture
+def random_class_pipeline(tmp_path):
+    """`random_class_pipeline(**sizes)`: the folder of a small pipeline of random weights, in bfloat16."""
+
+    def make(**sizes):
+        torch.manual_seed(0)
+        sizes = {
+            "num_classes": 3,
+            "num_class_tokens": 2,
+            "hidden_size": 24,
+            "intermediate_size": 256,
+            "num_layers": 3,
+            "num_attention_heads": 3,
+            "in_channels": 6,
+            "patch_size": 4,
+            "sample_size": 8,
+            "head_hidden_size": 64,
+            "head_num_layers": 2,
+            "head_num_modulations": 1,
+            **sizes,
+        }
+        vae = BitDanceTokenizer(
+            latent_channels=6,
+            block_out_channels=(32, 64),
+            stem_channels=32,
+            layers_per_block=1,
+            stochastic_decoder=True,
+        )
+        scheduler = BinaryDiffusionScheduler(logit_mean=0.25, logit_std=1.5)
+        pipeline = BitDanceClassPipeline(vae, BitDanceClassTransformer(**sizes), scheduler)
+        pipeline.to(torch.bfloat16).save_pretrained(tmp_path / "pipeline")
+        return tmp_path / "pipeline"
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["class_p1", "class_p4"])
+def test_an_exported_class_pipeline_is_the_checkpoint_that_was_converted(
+    case_path, class_pipeline_path, tmp_path, name
+):
+    original = case_path(name) / "original"
+    assert export_original(class_pipeline_path(name), tmp_path / "exported") == []
+    expected, actual = read_training_pickle(original), read_training_pickle(tmp_path / "exported")
+    autoencoder = torch.load(original / "ae.pt", weights_only=True)["state_dict"]
+    autoencoder = {key: value for key, value in autoencoder.items() if key.startswith(("encoder.", "decoder."))}
+    assert_same_tensors(torch.load(tmp_path / "exported" / "ae.pt", weights_only=True)["state_dict"], autoencoder)
+    weights = {**expected["ema"], **{f"vae.{key}": value for key, value in autoencoder.items()}}
+    for which in ("model", "ema"):
+        assert_same_tensors(actual[which], weights)
+    assert actual["epochs"] == 0
+    assert {**vars(actual["args"]), "model": "BitDance-tiny"} == vars(expected["args"])
+    ddconfig = json.loads((original / "ae_ddconfig.json").read_text())
+    assert json.loads((tmp_path / "exported" / "ae_ddconfig.json").read_text()) == ddconfig
+    assert sorted(file.name for file in (tmp_path / "exported").iterdir()) == [
+        "ae.pt",
+        "ae_ddconfig.json",
+        "bitdance.pt",
+    ]
+    # It holds the weights, which are twice in it, once.
+    size = sum(tensor.nbytes for tensor in weights.values())
+    assert (tmp_path / "exported" / "bitdance.pt").stat().st_size < 1.1 * size
+
+
+@pytest.mark.parametrize("sizes", [{}, {"patch_size": 1, "head_num_modulations": 2}, {"num_attention_heads": 6}])
+def test_converting_an_export_gives_the_class_pipeline_back(random_class_pipeline, tmp_path, sizes):
+    pipeline = random_class_pipeline(**sizes)
+    export_original(pipeline, tmp_path / "exported")
+    assert vars(read_training_pickle(tmp_path / "exported")["args"]) == {
+        "model": "BitDance-custom",
+        "latent_dim": 6,
+        "parallel_num": sizes.get("patch_size", 4) ** 2,
+        "image_size": 16,
+        "num_classes": 3,
+        "cls_token_num": 2,
+        "down_size": 2,
+        "P_mean": 0.25,
+        "P_std": 1.5,
+    }
+    convert_class(tmp_path / "exported", tmp_path / "again", sizes.get("num_attention_heads", 3))
+    for component in ("transformer", "vae"):
+        folders = (pipeline / component, tmp_path / "again" / component)
+        saved, again = (read_part(folder, "diffusion_pytorch_model") for folder in folders)
+        assert_same_tensors(again, saved)
+        saved, again = (read_settings(folder / "config.json") for folder in folders)
+        assert again == saved
+    scheduler = read_settings(tmp_path / "again" / "scheduler" / "scheduler_config.json")
+    assert scheduler == read_settings(pipeline / "scheduler" / "scheduler_config.json")
+
+
+def test_dtype_casts_every_tensor_of_a_class_pipeline(class_pipeline_path, tmp_path):
+    export_original(class_pipeline_path("class_p1"), tmp_path / "kept")
+    export_original(class_pipeline_path("class_p1"), tmp_path / "cast", torch.bfloat16)
+    for which in ("model", "ema"):
+        kept = read_training_pickle(tmp_path / "kept")[which]
+        cast = {key: tensor.bfloat16() for key, tensor in kept.items()}
+        assert_same_tensors(read_training_pickle(tmp_path / "cast")[which], cast)
+    kept = torch.load(tmp_path / "kept" / "ae.pt", weights_only=True)["state_dict"]
+    cast = {key: tensor.bfloat16() for key, tensor in kept.items()}
+    assert_same_tensors(torch.load(tmp_path / "cast" / "ae.pt", weights_only=True)["state_dict"], cast)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        ("BitDance-B", (768, 2048, 24, 12, 768, 6, 2)),
+        ("BitDance-L", (1024, 2816, 32, 16, 1024, 8, 2)),
+        ("BitDance-H", (1280, 3584, 40, 20, 1280, 12, 3)),
+        ("BitDance-custom", (768, 2048, 24, 16, 768, 6, 2)),
+    ],
+)
+def test_a_model_of_released_sizes_is_named_as_released(model, sizes):
+    names = ("hidden_size", "intermediate_size", "num_layers", "num_attention_heads")
+    names += ("head_hidden_size", "head_num_layers", "head_num_modulations")
+    with torch.device("meta"):
+        transformer = BitDanceClassTransformer(**dict(zip(names, sizes, strict=True)))
+    args = class_args_to_original(transformer.config, BinaryDiffusionScheduler().config, 16)
+    assert (args["model"], args["image_size"], args["parallel_num"]) == (model, 256, 16)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"shift": 3.0}, "has a `shift` of 1.0, this pipeline has 3.0"),
+        ("scheduler/scheduler_config.json", {"timestep_sampling": "uniform"}, "`timestep_sampling` .*'uniform'"),
+        ("scheduler/scheduler_config.json", {"solver_type": "exponential"}, "`solver_type` .*'exponential'"),
+        ("transformer/config.json", {"rope_theta": 1e6}, "has a `rope_theta` of 10000.0, this pipeline has 1000000.0"),
+        ("transformer/config.json", {"norm_eps": 1e-5}, "`norm_eps`"),
+        ("transformer/config.json", {"head_attention_head_dim": 32}, "`head_attention_head_dim` of 64"),
+        ("transformer/config.json", {"num_layers": 10**9}, "`layers` has 2 entries, but `num_layers` says 1000000000"),
+        ("transformer/config.json", {"num_attention_heads": 3}, "`num_attention_heads`"),
+        ("transformer/config.json", {"patch_size": 1}, "`head.blocks.0.norm.weight` is missing"),
+        ("vae/config.json", {"norm_num_groups": 16}, "`norm_num_groups` of 32, this one has 16"),
+    ],
+)
+def test_class_pipelines_that_cannot_be_exported_are_refused(
+    class_pipeline_path, tmp_path, edit_json, file, changes, message
+):
+    shutil.copytree(class_pipeline_path("class_p4"), tmp_path / "pipeline")
+    edit_json(tmp_path / "pipeline" / file, **changes)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        export_original(tmp_path / "pipeline", tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_a_feed_forward_width_that_the_original_does_not_have_is_refused(random_class_pipeline, tmp_path):
+    pipeline = random_class_pipeline(intermediate_size=64)
+    with pytest.raises(ValueError, match="has a `intermediate_size` of 256, this pipeline has 64"):
+        export_original(pipeline, tmp_path / "exported")
+
+
+def test_bad_tensors_of_a_class_pipeline_are_refused(class_pipeline_path, tmp_path, edit_tensors):
+    shutil.copytree(class_pipeline_path("class_p1"), tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "transformer" / MODEL_FILE
+    key = "layers.0.attn.to_k.weight"
+    edit_tensors(file, lambda tensors: tensors[key].fill_(float("inf")))
+    with pytest.raises(ValueError, match=f"transformer.{MODEL_FILE}: `{key}` holds a NaN or an infinity"):
+        export_original(tmp_path / "pipeline", tmp_path / "exported")
+    edit_tensors(file, lambda tensors: tensors[key].fill_(1e30))
+    with pytest.raises(ValueError, match=f"`{key}` holds a number that does not fit into torch.float16"):
+        export_original(tmp_path / "pipeline", tmp_path / "exported", torch.float16)
+    edit_tensors(file, lambda tensors: tensors.pop(key))
+    with pytest.raises(ValueError, match=f"`{key}` is missing"):
+        export_original(tmp_path / "pipeline", tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]

@@ -114,13 +114,13 @@ def test_several_images_of_a_label_stand_side_by_side(class_pipeline):
 
 def test_output_types(class_pipeline):
     pipeline = class_pipeline("class_p4")
-    call = {"num_inference_steps": 2, "generator": None}
-    pictures = {
-        kind: pipeline(3, output_type=kind, **{**call, "generator": seeded(0)}) for kind in ("pt", "np", "pil")
-    }
-    tensor = pictures["pt"].images
+
+    def draw(output_type, **kwargs):
+        return pipeline(3, num_inference_steps=2, generator=seeded(0), output_type=output_type, **kwargs)
+
+    tensor = draw("pt").images
     assert tensor.shape == (1, 3, 32, 32) and 0 <= tensor.min() and tensor.max() <= 1
-    assert pictures["np"].images.shape == (1, 32, 32, 3) and pictures["pil"].images[0].size == (32, 32)
+    assert draw("np").images.shape == (1, 32, 32, 3) and draw("pil").images[0].size == (32, 32)
     as_tuple = draw("pt", return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], tensor)
 

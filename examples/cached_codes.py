@@ -1,10 +1,9 @@
-"""What a text-to-image transformer learns from: captions as token ids, and pictures encoded once and kept on disk."""
+"""What a transformer learns from, made once and kept on disk: codes of pictures, with their captions or labels."""
 
 import hashlib
 import json
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,49 +11,32 @@ from accelerate import Accelerator
 from icons import IconDataset
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
-from training_utils import CroppedPictures, HubDataset, ImageFolder
-from transformers import PreTrainedTokenizerBase
+from training_utils import ClassFolder, CroppedPictures, HubDataset, ImageFolder
 
 from bitdance_diffusers import BitDanceTokenizer
-from bitdance_diffusers.prompt import prompt_ids, unconditional_ids
 
 ENCODE_BATCH_SIZE = 64
-
-
-class PromptFrames:
-    """
-    Captions -> `input_ids`, `attention_mask` (B, L), padded on the left: each in its frame, or the unconditional one
-    where it is dropped, and the tokens in front of the picture.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, start_ids: list[int]) -> None:
-        self.framed = lru_cache(maxsize=2**16)(lambda text: prompt_ids(tokenizer, text) + start_ids)
-        self.unconditional = unconditional_ids(tokenizer) + start_ids
-
-    def __call__(self, texts: list[str], dropped: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [self.unconditional if drop else self.framed(text) for text, drop in zip(texts, dropped, strict=True)]
-        longest = max(map(len, rows))
-        input_ids = torch.tensor([row[:1] * (longest - len(row)) + row for row in rows])
-        length = torch.tensor([len(row) for row in rows])
-        return input_ids, torch.arange(longest) >= longest - length[:, None]
+TARGET_FILES = {"text": "captions.json", "label": "labels.json"}
 
 
 class CachedCodes(Dataset):
     """
     A folder of codes that `cache_codes` wrote: items, of index (epoch, i), `{"packed_code": uint8 (h, w, ceil(C / 8)),
-    "text": str}`. Nothing is drawn at random, so the epoch does not matter.
+    "text": str}`, or with the `target` "label" `"label": int`. Nothing is drawn at random, so the epoch does not
+    matter.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, target: Literal["text", "label"]) -> None:
         self.codes = np.load(folder / "codes.npy", mmap_mode="r")  # (N, h, w, ceil(C / 8))
-        self.texts = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        self.target = target
+        self.targets = json.loads((folder / TARGET_FILES[target]).read_text(encoding="utf-8"))
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.targets)
 
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
         _, i = index
-        return {"packed_code": torch.from_numpy(np.array(self.codes[i])), "text": self.texts[i]}
+        return {"packed_code": torch.from_numpy(np.array(self.codes[i])), self.target: self.targets[i]}
 
 
 class _InOrder(Dataset):
@@ -71,14 +53,14 @@ class _InOrder(Dataset):
 
 
 def describe_pictures(dataset: Dataset) -> Any:
-    """What a change of the pictures or captions changes, as JSON."""
+    """What a change of the pictures, captions or labels changes, as JSON."""
     if isinstance(dataset, Subset):
         return [describe_pictures(dataset.dataset), len(dataset)]
-    if isinstance(dataset, ImageFolder):
-        entries = [[path.name, path.stat().st_size, path.stat().st_mtime_ns, text] for path, text in dataset.entries]
+    if isinstance(dataset, ImageFolder | ClassFolder):
+        entries = [[path.name, path.stat().st_size, path.stat().st_mtime_ns, to] for path, to in dataset.entries]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
     if isinstance(dataset, HubDataset):
-        return [dataset.rows._fingerprint, dataset.image_column, dataset.caption_column]
+        return [dataset.rows._fingerprint, dataset.image_column, dataset.target_column]
     if isinstance(dataset, IconDataset):
         return [dataset.num_pictures, dataset.seed, dict(dataset.category_weights or {})]
     raise TypeError(f"`dataset` is {type(dataset).__name__}; codes cannot be kept for it.")
@@ -99,9 +81,11 @@ def cache_codes(
     vae: BitDanceTokenizer,
     accelerator: Accelerator,
     num_workers: int,
+    target: Literal["text", "label"],
 ) -> CachedCodes:
     """
-    The codes of all pictures, from `folder` if it is there, else encoded now, every process its share.
+    The codes of all pictures with their `target`, from `folder` if it is there, else encoded now, every process its
+    share.
 
     Raises:
         ValueError: if `folder` holds codes of other pictures, of another size or by another vae.
@@ -119,7 +103,7 @@ def cache_codes(
             raise ValueError(
                 f"--cache_codes: {folder} was made with other {' and '.join(differ)}; name another folder."
             )
-        return CachedCodes(folder)
+        return CachedCodes(folder, target)
 
     partial = folder.with_name(f".{folder.name}.partial")
     side = dataset.resolution // vae.spatial_compression_ratio
@@ -133,23 +117,23 @@ def cache_codes(
         for rank in (accelerator.process_index, accelerator.process_index + 1)
     )
     codes = np.lib.format.open_memmap(partial / "codes.npy", mode="r+")
-    texts = []
+    targets = []
     pictures = DataLoader(_InOrder(dataset, start, end), ENCODE_BATCH_SIZE, num_workers=num_workers)
     for batch in tqdm(pictures, desc="Encoding pictures", disable=not accelerator.is_local_main_process):
-        place = start + len(texts)
+        place = start + len(targets)
         code = vae.encode(batch["pixel_values"].to(accelerator.device)).code
         codes[place : place + len(code)] = vae.pack(code).cpu().numpy()
-        texts += batch["text"]
+        targets += batch["text"] if target == "text" else batch["label"].tolist()
     codes.flush()
-    (partial / f"captions-{accelerator.process_index}.json").write_text(json.dumps(texts), encoding="utf-8")
+    (partial / f"targets-{accelerator.process_index}.json").write_text(json.dumps(targets), encoding="utf-8")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        parts = [partial / f"captions-{rank}.json" for rank in range(accelerator.num_processes)]
-        texts = [text for part in parts for text in json.loads(part.read_text(encoding="utf-8"))]
-        (partial / "captions.json").write_text(json.dumps(texts), encoding="utf-8")
+        parts = [partial / f"targets-{rank}.json" for rank in range(accelerator.num_processes)]
+        targets = [one for part in parts for one in json.loads(part.read_text(encoding="utf-8"))]
+        (partial / TARGET_FILES[target]).write_text(json.dumps(targets), encoding="utf-8")
         (partial / "key.json").write_text(json.dumps(key), encoding="utf-8")
         for part in parts:
             part.unlink()
         partial.rename(folder)
     accelerator.wait_for_everyone()
-    return CachedCodes(folder)
+    return CachedCodes(folder, target)
