@@ -4,12 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitdance_diffusers import BinaryDiffusionScheduler, BitDanceTransformer
+from bitdance_diffusers import BinaryDiffusionScheduler, BitDanceClassTransformer, BitDanceTransformer
 from bitdance_diffusers.patch_order import grid_to_patches, patch_positions
+from bitdance_diffusers.training import objective
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import (
     RandomDraws,
     choose_dropped,
+    class_to_image_loss,
     diffusion_loss,
     draw_noisy_code,
     flip_bits,
@@ -44,6 +46,27 @@ def tiny_transformer(**changes):
     return transformer
 
 
+def tiny_class_transformer(**changes):
+    config = {
+        "num_classes": 5,
+        "num_class_tokens": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "in_channels": 6,
+        "patch_size": 2,
+        "sample_size": 4,
+        "head_hidden_size": 32,
+        "head_num_layers": 1,
+        "head_num_modulations": 1,
+        "head_attention_head_dim": 16,
+    }
+    transformer = BitDanceClassTransformer(**(config | changes))
+    initialize_weights(transformer, generator())
+    return transformer
+
+
 def tiny_batch(rows=4):
     code = torch.randn(rows, 6, 4, 4, generator=generator(1)).sign()
     input_ids = torch.randint(0, 50, (rows, 9), generator=generator(2))
@@ -70,6 +93,27 @@ def test_loss_per_token_of_the_case(case_path, t2i_pipeline):
     )
     loss = diffusion_loss(pipeline.scheduler, prediction[:, None], noisy.target, noisy.timestep)
     torch.testing.assert_close(loss[:, 0], expected["loss_per_token"], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["class_p1", "class_p4"])
+def test_loss_of_the_class_case(case_path, class_pipeline, name, monkeypatch):
+    """The original drew times and noise alone, without flips."""
+    case = json.loads((case_path(name) / "case.json").read_text())
+    expected = load_file(case_path(name) / "expected.safetensors")
+    pipeline = class_pipeline(name)
+    monkeypatch.setattr(objective, "flip_bits", lambda code, max_probability, draws: code)
+    torch.manual_seed(case["loss_seed"])
+    with torch.no_grad():
+        loss = class_to_image_loss(
+            pipeline.transformer,
+            pipeline.scheduler,
+            expected["loss_class"].long(),
+            expected["loss_code"],
+            pipeline.transformer.config.patch_size,
+            RandomDraws(),
+            diff_batch_mul=case["diff_batch_mul"],
+        )
+    torch.testing.assert_close(loss, expected["loss"][0], rtol=1e-4, atol=0)
 
 
 def test_loss_is_the_velocitys():
@@ -128,6 +172,30 @@ def test_processes_that_share_a_batch_share_its_draws():
     first, second = gradients(slice(0, 2), 0, 2), gradients(slice(2, 4), 1, 2)
     for a, b, c in zip(whole, first, second, strict=True):
         torch.testing.assert_close((b + c) / 2, a, rtol=1e-4, atol=1e-6)
+
+
+def test_a_class_is_told_from_its_label_and_the_draws_are_flips_times_noise():
+    transformer, scheduler, code = tiny_class_transformer(), BinaryDiffusionScheduler(), tiny_batch()[2]
+    randomize_head(transformer)
+    draws = RandomDraws(generator(5))
+    loss = class_to_image_loss(transformer, scheduler, torch.arange(4), code, 2, draws, 0.3, 2)
+    other = class_to_image_loss(
+        transformer, scheduler, torch.tensor([0, 1, 2, 5]), code, 2, RandomDraws(generator(5)), 0.3, 2
+    )
+    assert (loss - other).abs() > 1e-5
+
+    replayed, patches = RandomDraws(generator(5)), grid_to_patches(code, 2)
+    fed_back = flip_bits(patches, 0.3, replayed)[:, :-1]
+    noisy = draw_noisy_code(scheduler, patches, replayed, 2)
+    sample = transformer(
+        noisy_code=noisy.noisy_code,
+        timestep=noisy.timestep,
+        class_labels=torch.arange(4),
+        code=fed_back,
+        code_positions=patch_positions(4, 4, 2)[:-1],
+        condition_indices=torch.arange(16).view(4, 4),
+    ).sample
+    torch.testing.assert_close(diffusion_loss(scheduler, sample, noisy.target, noisy.timestep).mean(), loss)
 
 
 def test_text_loss_covers_the_causal_text_and_the_width_token():
@@ -206,3 +274,15 @@ def test_only_matrices_decay():
     assert all(name.endswith(".bias") or "norm" in name or name == "embed_tokens.weight" for name in kept_names)
     transformer.lm_head.requires_grad_(False)
     assert sum(len(group["params"]) for group in parameter_groups(transformer, 0.1)) == len(names) - 1
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_of_a_class_transformer_what_reads_the_input_does_not_decay(patch_size):
+    transformer = tiny_class_transformer(patch_size=patch_size)
+    decayed, kept = parameter_groups(transformer, 0.1)
+    names = {id(parameter): name for name, parameter in transformer.named_parameters()}
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    matrices = {names[id(parameter)] for parameter in kept["params"] if parameter.ndim > 1}
+    queries = {"query_embed.weight"} if patch_size > 1 else set()
+    assert matrices == {"class_embed.weight", "projector.linear_in.weight", "projector.linear_out.weight"} | queries
+    assert "position_embed.weight" in {names[id(parameter)] for parameter in decayed["params"]}
