@@ -123,6 +123,13 @@ def train_classifier(num_epochs: int = 15, seed: int = 0) -> tuple[DigitClassifi
     return classifier, right.float().mean().item()
 
 
+@torch.no_grad()
+def classify(classifier: DigitClassifier, images: list[Image.Image]) -> list[int]:
+    """The digits that a classifier sees in pictures of 32 x 32."""
+    pictures = np.stack([np.asarray(image.convert("L")) for image in images])
+    return classifier(torch.from_numpy(pictures)).argmax(1).tolist()
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write handwritten digits as an image folder.")
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write; it must not exist")

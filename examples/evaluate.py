@@ -3,10 +3,12 @@
     python examples/evaluate.py icons --model examples/pretrained/icons-64     # pictures of held-out prompts
     python examples/evaluate.py icons-tokenizer --vae runs/icons-vae           # reconstructions of drawn pictures
     python examples/evaluate.py fid samples VIRTUAL_imagenet256_labeled.npz    # pictures against a reference
+    python examples/evaluate.py digits                                         # digits that the shipped model draws
 
 The first two draw or decode pictures of the icon world (`icons.py`) and print the share that its checker finds right,
-with 95 % intervals, for each of the six categories and on average over them. The last prints FID, Inception score,
+with 95 % intervals, for each of the six categories and on average over them. `fid` prints FID, Inception score,
 precision and recall of a folder or `.npz` of pictures (`sample_class.py` writes both), computed by torch-fidelity.
+`digits` prints the share of digits whose class a classifier recognises that learnt from real ones (`digits.py`).
 """
 
 import argparse
@@ -20,13 +22,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from generate import DTYPES, add_model_arguments, find_device, load_pipeline, make_grid, save_image
+from diffusers.utils import make_image_grid
+from digits import NUM_CLASSES, classify, train_classifier
+from generate import (
+    DTYPES,
+    SHIPPED_MODEL,
+    add_model_arguments,
+    check_model,
+    find_device,
+    load_pipeline,
+    make_grid,
+    save_image,
+)
 from icons import CATEGORIES, IconWorld
 from image_sets import find_feature_weights, open_pictures, score_pictures
 from PIL import Image
 from tqdm import tqdm
 
-from bitdance_diffusers import BitDanceTokenizer
+from bitdance_diffusers import BitDanceClassPipeline, BitDanceTokenizer
 
 Z_95 = 1.959964  # the normal distribution's quantile for 95 % intervals
 
@@ -133,9 +146,7 @@ def write_json(path: Path, result: dict) -> None:
 def report(rated: list[Rated], settings: dict, args: argparse.Namespace) -> None:
     """Print the table, and write what `--json` and `--grid` ask for."""
     scores = score_categories(rated)
-    print(f"{'category':<14}{'right':>7}  {'95 % interval':<15}{'pictures':>9}")
-    for name, score in scores.items():
-        print(f"{name:<14}{score.value:>7.3f}  {score.low:.3f} - {score.high:.3f}  {score.num_pictures:>9}")
+    print_scores("category", scores)
     if args.json:
         result = {
             "settings": settings,
@@ -242,6 +253,64 @@ def evaluate_fid(args: argparse.Namespace) -> None:
         write_json(args.json, {"settings": settings, "scores": scores})
 
 
+def evaluate_digits(args: argparse.Namespace) -> None:
+    """Score a class-conditional pipeline whose classes are the digits 0 to 9.
+
+    Raises:
+        ImportError: without the package of the real digits.
+        ValueError: for a model that does not load or has other classes, or settings that it refuses.
+    """
+    if args.pictures_per_class < 1:
+        raise ValueError(f"`pictures_per_class` has to be at least 1, but is {args.pictures_per_class}.")
+    device = find_device(args.device)
+    check_model(args.model)
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    try:
+        pipe = BitDanceClassPipeline.from_pretrained(args.model, dtype=DTYPES[dtype]).to(device)
+    except OSError as error:  # what Diffusers raises for a repository or a file that is not there
+        raise ValueError(f"`model` cannot be loaded: {error}") from error
+    if pipe.transformer.config.num_classes != NUM_CLASSES:
+        raise ValueError(f"`model` has to have {NUM_CLASSES} classes, but has {pipe.transformer.config.num_classes}.")
+    pipe.set_progress_bar_config(disable=True)
+
+    labels = [label for label in range(NUM_CLASSES) for _ in range(args.pictures_per_class)]
+    images = []
+    for start in tqdm(range(0, len(labels), args.batch_size), unit="batch"):
+        batch = labels[start : start + args.batch_size]
+        images += pipe(
+            batch,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            generator=[torch.Generator().manual_seed(args.seed + start + index) for index in range(len(batch))],
+        ).images
+    classifier, accuracy = train_classifier()
+    seen = classify(classifier, images)
+
+    scores = {}
+    for label in range(NUM_CLASSES):
+        right = [one == label for one, asked in zip(seen, labels, strict=True) if asked == label]
+        scores[str(label)] = wilson_score(sum(right), len(right))
+    scores["all"] = wilson_score(sum(map(int.__eq__, seen, labels)), len(labels))
+    print_scores("class", scores)
+    print(f"Of the real digits that were held out the classifier recognises {accuracy:.3f}")
+    if args.json:
+        settings = {"model": args.model, "dtype": dtype, "device": str(device), "seed": args.seed}
+        for name in ("num_inference_steps", "guidance_scale"):
+            given = getattr(args, name)
+            settings[name] = pipe.config[f"default_{name}"] if given is None else given
+        result = {"settings": settings, "scores": {name: vars(score) for name, score in scores.items()}}
+        write_json(args.json, result | {"accuracy_on_real_digits": accuracy, "seen": seen})
+    if args.grid:
+        save_image(make_image_grid(images, NUM_CLASSES, args.pictures_per_class), args.grid)
+        print(args.grid)
+
+
+def print_scores(title: str, scores: dict[str, Score]) -> None:
+    print(f"{title:<14}{'right':>7}  {'95 % interval':<15}{'pictures':>9}")
+    for name, score in scores.items():
+        print(f"{name:<14}{score.value:>7.3f}  {score.low:.3f} - {score.high:.3f}  {score.num_pictures:>9}")
+
+
 def add_report_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
         "--pictures_per_category", type=int, default=100, help="or a few more, so that all count alike"
@@ -290,6 +359,18 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--device", help="cpu, cuda or cuda:1, ...; the first accelerator where there is one")
     command.add_argument("--batch_size", type=int, default=64)
     command.add_argument("--json", type=Path, help="a file for the scores")
+
+    command = commands.add_parser("digits", help="score a class-conditional pipeline of handwritten digits")
+    command.set_defaults(evaluate=evaluate_digits)
+    add_model_arguments(command)
+    command.set_defaults(model=str(SHIPPED_MODEL.parent / "digits-32"))
+    command.add_argument("--num_inference_steps", type=int, help="the model's own default where it is not given")
+    command.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
+    command.add_argument("--pictures_per_class", type=int, default=100)
+    command.add_argument("--batch_size", type=int, default=100)
+    command.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next seed")
+    command.add_argument("--json", type=Path, help="a file for the scores and the class seen in every picture")
+    command.add_argument("--grid", type=Path, help="a file for a sheet of all the pictures, a row for each class")
 
     args = parser.parse_args(arguments)
     try:
