@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "eval": [*ICONS, "torchmetrics[image]>=1.4"],
+        "eval": [*ICONS, "torch-fidelity>=0.4,<0.5"],
         "app": ["gradio>=5.0"],
         "test": [*TRAIN, "pytest>=8.0", "ruff>=0.12"],
     },

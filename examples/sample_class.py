@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, InitProcessGroupKwargs
 from generate import DTYPES, check_model, save_image
 from image_sets import write_npz
 from tqdm import tqdm
@@ -167,41 +167,46 @@ def sample(args: argparse.Namespace) -> None:
         ValueError: for bad arguments, a model that does not load, or a folder of other pictures.
     """
     check_arguments(args)
-    # A process that is done waits for the slowest at the end, with no limit that would matter.
-    state = PartialState(timeout=timedelta(days=7))
-    settings = read_settings(args, state.device)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        # A process that is done waits for the slowest at the end, with no limit that would matter.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    settings = read_settings(args, accelerator.device)
     check_settings(args.output_dir, settings)
     paths = [args.output_dir / f"{i:06d}.png" for i in range(args.num_images)]
     starts = range(0, args.num_images, args.batch_size)
     batches = [list(range(start, min(start + args.batch_size, args.num_images))) for start in starts]
     unfinished = [not all(paths[i].exists() for i in batch) for batch in batches]
     num_missing = sum(len(batch) for batch, drawn_anew in zip(batches, unfinished, strict=True) if drawn_anew)
-    mine = [batches[b] for b in range(state.process_index, len(batches), state.num_processes) if unfinished[b]]
-    if state.is_main_process:
+    mine = [
+        batches[b] for b in range(accelerator.process_index, len(batches), accelerator.num_processes) if unfinished[b]
+    ]
+    if accelerator.is_main_process:
         prepare_folder(args.output_dir, settings)
-    state.wait_for_everyone()  # no picture is written before all have counted, and the settings are there
+    accelerator.wait_for_everyone()  # no picture is written before all have counted, and the settings are there
 
-    pipe = load_pipeline(settings, state.device)
+    pipe = load_pipeline(settings, accelerator.device)
     labels = make_labels(args.labels, args.num_images, pipe.transformer.config.num_classes, args.seed)
     start = time.perf_counter()
     with tqdm(
         total=sum(map(len, mine)),
         unit="picture",
-        desc=f"process 1 of {state.num_processes}",
-        disable=not state.is_main_process,
+        desc=f"process 1 of {accelerator.num_processes}",
+        disable=not accelerator.is_main_process,
     ) as progress:
         draw(pipe, settings, labels, mine, paths, progress)
-    state.wait_for_everyone()
-    if state.is_main_process:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         seconds = time.perf_counter() - start
         print(
             f"{num_missing} of {args.num_images} pictures drawn in {seconds:.1f} s, {num_missing / seconds:.3g} "
-            f"pictures/s, by {state.num_processes} process(es)"
+            f"pictures/s, by {accelerator.num_processes} process(es)"
         )
         npz = args.npz or args.output_dir / "samples.npz"
         write_npz(npz, paths, labels)
         print(npz)
-    state.destroy_process_group()
+    accelerator.end_training()
 
 
 def main(arguments: list[str] | None = None) -> None:
