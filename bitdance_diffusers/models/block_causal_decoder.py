@@ -27,14 +27,14 @@ class StaticKVCache:
 
     Rows whose text is equally long form a group with tensors of their own, without padding: attention needs no mask,
     so that every backend takes it, and a row's result does not depend, in any bit, on how long its neighbours are. The
-    transformer sorts the rows by group on its way in (`row_order`) and back on its way out (`row_places`).
+    decoder sorts the rows by group on its way in (`row_order`) and back on its way out (`row_places`).
 
     The caller announces every block with `extend` before it runs the transformer. All that changes from call to call
     is then a tensor, and one compiled graph serves every patch.
 
     Args:
         num_layers, num_key_value_heads, head_dim: the decoder's sizes.
-        attention_mask (`torch.Tensor` of shape (B, L), bool): the text; False at padding, which is on the left.
+        row_lengths (list of B `int`): tokens of each row's text.
         num_image_tokens (`int`): tokens that may follow the text.
         dtype, device: of keys and values.
     """
@@ -44,18 +44,19 @@ class StaticKVCache:
         num_layers: int,
         num_key_value_heads: int,
         head_dim: int,
-        attention_mask: torch.Tensor,
+        row_lengths: list[int],
         num_image_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        row_lengths = attention_mask.sum(dim=1).tolist()
-        self.row_order = torch.tensor(sorted(range(len(row_lengths)), key=row_lengths.__getitem__), device=device)
-        self.row_places = self.row_order.argsort()
+        self.row_lengths = row_lengths
         self.text_lengths = sorted(set(row_lengths))  # of each group
-        padding = [attention_mask.shape[1] - length for length in sorted(row_lengths)]
-        self._padding = torch.tensor(padding, device=device)[:, None]  # (B, 1)
-        self._all_slots = torch.arange(attention_mask.shape[1] + num_image_tokens, device=device)
+        order = sorted(range(len(row_lengths)), key=row_lengths.__getitem__)
+        self.row_order = torch.tensor(order, device=device)
+        self.row_places = self.row_order.argsort()
+        longest = self.text_lengths[-1]
+        self._padding = torch.tensor([longest - row_lengths[row] for row in order], device=device)[:, None]  # (B, 1)
+        self._all_slots = torch.arange(longest + num_image_tokens, device=device)
         self.length = 0
 
         def allocate(text_length: int) -> torch.Tensor:
@@ -69,9 +70,33 @@ class StaticKVCache:
             for _ in range(num_layers)
         ]
 
+    def repeat_rows(self, rows: list[int], num_image_tokens: int) -> "StaticKVCache":
+        """A larger cache, after the text: its row i goes on from the text of row `rows[i]` here."""
+        keys = self.layers[0].groups[0][0]
+        larger = StaticKVCache(
+            len(self.layers),
+            *keys.shape[2:],
+            [self.row_lengths[row] for row in rows],
+            num_image_tokens,
+            keys.dtype,
+            keys.device,
+        )
+        members = {length: [] for length in self.text_lengths}
+        for row in self.row_order.tolist():
+            members[self.row_lengths[row]].append(row)
+        for group, length in enumerate(larger.text_lengths):
+            sources = [rows[row] for row in larger.row_order.tolist() if larger.row_lengths[row] == length]
+            index = torch.tensor([members[length].index(row) for row in sources], device=keys.device)
+            for old, new in zip(self.layers, larger.layers, strict=True):
+                for text, whole in zip(old.groups[self.text_lengths.index(length)], new.groups[group], strict=True):
+                    whole[:, :length] = text[index, :length]
+        larger.length = larger.text_lengths[-1]
+        return larger
+
     def extend(self, num_tokens: int) -> None:
         """
-        Make room for the next `num_tokens` tokens of every row; the first call is the whole text, padding included.
+        Make room for the next `num_tokens` tokens of every row; the first call is the whole text, padding included:
+        `num_tokens` is then the longest row's length.
 
         Sets `position_ids` (B, num_tokens), and for each group `write_slots`, where its new tokens go (their number is
         less than `num_tokens` where the text is padded), and `read_slots`, all that they can see.
@@ -81,12 +106,10 @@ class StaticKVCache:
         torch._dynamo.maybe_mark_dynamic(self.position_ids, 1)
         self.write_slots, self.read_slots = [], []
         for text_length in self.text_lengths:
-            end = text_length + self.length - self._text_end if start else text_length
+            end = text_length + self.length - self.text_lengths[-1]
             begin = end - num_tokens if start else 0
             self.write_slots.append(self._all_slots[begin:end])
             self.read_slots.append(self._all_slots[:end])
-        if not start:
-            self._text_end = num_tokens
         for slots in (*self.write_slots, *self.read_slots):
             torch._dynamo.maybe_mark_dynamic(slots, 0)
 

@@ -124,14 +124,14 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
         )
 
     def allocate_kv_cache(
-        self, attention_mask: torch.Tensor, num_patches: int, dtype: torch.dtype, device: torch.device
+        self, row_lengths: list[int], num_patches: int, dtype: torch.dtype, device: torch.device
     ) -> StaticKVCache:
-        """The cache of one generation: L text tokens (`attention_mask` (B, L), bool) and `num_patches` fed back."""
+        """The cache of one generation: for every row the tokens of its text, and `num_patches` fed back."""
         return StaticKVCache(
             self.config.num_layers,
             self.config.num_key_value_heads,
             self.config.attention_head_dim,
-            attention_mask,
+            row_lengths,
             num_patches * self.config.patch_size**2,
             dtype,
             device,

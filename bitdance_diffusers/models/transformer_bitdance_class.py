@@ -118,7 +118,7 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
             self.config.num_layers,
             self.config.num_attention_heads,
             self.config.hidden_size // self.config.num_attention_heads,
-            torch.ones(num_rows, num_prefix, dtype=torch.bool, device=device),
+            [num_prefix] * num_rows,
             num_patches * patch_tokens,
             dtype,
             device,

@@ -367,12 +367,14 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         device = self._execution_device
         guided = self.do_classifier_free_guidance
 
-        # 2. Encode the prompts; conditional and unconditional rows become one batch, padded on the left
+        # 2. Encode the prompts: every text once, however many rows it has; padded on the left. Row r of the batch, the
+        # conditional rows first, goes on from the text `text_of_row[r]`
+        one_negative = not isinstance(negative_prompt, list) and negative_prompt_embeds is None
         prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask = self.encode_prompt(
             prompt,
             negative_prompt,
             guided,
-            num_images_per_prompt,
+            1,
             prompt_embeds,
             prompt_embeds_mask,
             negative_prompt_embeds,
@@ -380,14 +382,20 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             max_sequence_length,
             device,
         )
-        batch_size = prompt_embeds.shape[0]
-        text_embeds, text_mask = prompt_embeds, prompt_embeds_mask  # (R, L, D), (R, L); R rows
+        num_prompts = prompt_embeds.shape[0]
+        batch_size = num_prompts * num_images_per_prompt
+        text_of_row = [row // num_images_per_prompt for row in range(batch_size)]
+        text_embeds, text_mask = prompt_embeds, prompt_embeds_mask  # (T, L, D), (T, L); T texts
         if guided:
-            texts = (prompt_embeds, prompt_embeds_mask), (negative_prompt_embeds, negative_prompt_embeds_mask)
+            negatives = slice(1 if one_negative else None)
+            texts = (
+                (prompt_embeds, prompt_embeds_mask),
+                (negative_prompt_embeds[negatives], negative_prompt_embeds_mask[negatives]),
+            )
             longest = max(mask.shape[1] for _, mask in texts)
             text_embeds = torch.cat([pad(embeds, (0, 0, longest - embeds.shape[1], 0)) for embeds, _ in texts])
             text_mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for _, mask in texts])
-        num_rows = text_embeds.shape[0]
+            text_of_row = text_of_row + [num_prompts + (0 if one_negative else text) for text in text_of_row]
 
         # 3. Prepare the code, and the tokens that announce it
         patch_size = self.transformer.config.patch_size
@@ -398,17 +406,18 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
         positions = patch_positions(latent_height, latent_width, patch_size, device)  # (M, P, 2)
         start_ids = picture_start_ids(self.tokenizer, latent_height, latent_width, patch_size)
-        start_embeds = self.embed_tokens(start_ids, device).to(text_embeds.dtype).expand(num_rows, -1, -1)
+        start_embeds = self.embed_tokens(start_ids, device).to(text_embeds.dtype).expand(len(text_embeds), -1, -1)
         text_embeds = torch.cat([text_embeds, start_embeds], dim=1)
-        text_mask = torch.cat([text_mask, text_mask.new_ones(num_rows, len(start_ids))], dim=1)
+        row_lengths = (text_mask.sum(dim=1) + len(start_ids)).tolist()
+        text_embeds = text_embeds[:, -max(row_lengths) :]  # embeddings that are given may be padded further
         torch._dynamo.maybe_mark_dynamic(text_embeds, 1)  # a compiled transformer takes texts of any length
 
         # 4. Prepare the timesteps of a patch
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = num_patches
 
-        # 5. Read the text: the last block of it predicts the first patch
-        kv_cache = self.transformer.allocate_kv_cache(text_mask, num_patches - 1, text_embeds.dtype, device)
+        # 5. Read the texts: the last block of each predicts the first patch of its pictures
+        kv_cache = self.transformer.allocate_kv_cache(row_lengths, 0, text_embeds.dtype, device)
         kv_cache.extend(text_embeds.shape[1])
         output = self.transformer(
             inputs_embeds=text_embeds,
@@ -417,7 +426,9 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             kv_cache=kv_cache,
             attention_kwargs=attention_kwargs,
         )
-        timestep_embeds, condition_embeds = output.timestep_embeds, output.condition_embeds  # (n + 1, G), (R, 1, P, G)
+        timestep_embeds = output.timestep_embeds  # (n + 1, G)
+        condition_embeds = output.condition_embeds[text_of_row]  # (R, 1, P, G); R rows
+        kv_cache = kv_cache.repeat_rows(text_of_row, (num_patches - 1) * patch_size**2)
 
         def predict(noisy_code: torch.Tensor, timestep_embeds: torch.Tensor) -> torch.Tensor:
             return self.transformer(
@@ -457,7 +468,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                 if i + 1 < num_patches and not self.interrupt:
                     kv_cache.extend(patch_size**2)
                     condition_embeds = self.transformer(
-                        code=patches[:, i : i + 1].to(text_embeds.dtype).repeat(num_rows // batch_size, 1, 1, 1),
+                        code=patches[:, i : i + 1].to(text_embeds.dtype).repeat(2 if guided else 1, 1, 1, 1),
                         code_positions=positions[i : i + 1],
                         condition_positions=positions[i + 1 : i + 2],
                         kv_cache=kv_cache,

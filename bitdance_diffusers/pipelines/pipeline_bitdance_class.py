@@ -204,11 +204,12 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         device = self._execution_device
         guided = self.do_classifier_free_guidance
 
-        # 2. Prepare the labels: conditional and unconditional rows are one batch
-        labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_label)
+        # 2. Prepare the labels, each once, however many rows it has. Row r of the batch, the conditional rows first,
+        # goes on from the label `label_of_row[r]`
+        labels = torch.tensor([*label_ids, config.num_classes] if guided else label_ids, device=device)
+        label_of_row = [row // num_images_per_label for row in range(batch_size)]
         if guided:
-            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
-        num_rows = len(labels)
+            label_of_row += [len(label_ids)] * batch_size
 
         # 3. Prepare the code
         latents = self.prepare_latents(batch_size, height, width, device, latents)
@@ -222,9 +223,9 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = num_patches
 
-        # 5. Read the class: the last block of its tokens predicts the first patch
+        # 5. Read the classes: the last block of each one's tokens predicts the first patch of its pictures
         dtype = self.transformer.dtype
-        kv_cache = self.transformer.allocate_kv_cache(num_rows, num_patches - 1, dtype, device)
+        kv_cache = self.transformer.allocate_kv_cache(len(labels), 0, dtype, device)
         kv_cache.extend(config.num_class_tokens + config.patch_size**2 - 1)
         output = self.transformer(
             class_labels=labels,
@@ -233,7 +234,9 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             kv_cache=kv_cache,
             attention_kwargs=attention_kwargs,
         )
-        timestep_embeds, condition_embeds = output.timestep_embeds, output.condition_embeds  # (n + 1, G), (R, 1, P, G)
+        timestep_embeds = output.timestep_embeds  # (n + 1, G)
+        condition_embeds = output.condition_embeds[label_of_row]  # (R, 1, P, G); R rows
+        kv_cache = kv_cache.repeat_rows(label_of_row, (num_patches - 1) * config.patch_size**2)
 
         def predict(noisy_code: torch.Tensor, timestep_embeds: torch.Tensor) -> torch.Tensor:
             return self.transformer(

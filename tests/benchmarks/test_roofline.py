@@ -60,7 +60,7 @@ def test_operations_and_weights_of_a_head_evaluation(use_swiglu):
 def test_operations_of_a_decoder_pass(transformer):
     rows, text = 2, 7
     positions, code = patch_positions(4, 4, 2), torch.ones(rows, 1, 4, 6)
-    cache = transformer.allocate_kv_cache(torch.ones(rows, text, dtype=torch.bool), 3, torch.float32, "cpu")
+    cache = transformer.allocate_kv_cache([text] * rows, 3, torch.float32, "cpu")
     with torch.no_grad():
         cache.extend(text)
         transformer(inputs_embeds=torch.randn(rows, text, 24), condition_positions=positions[:1], kv_cache=cache)

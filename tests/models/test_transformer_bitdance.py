@@ -73,7 +73,7 @@ def teacher_forced(model, inputs):
 def decoded(model, inputs):
     """The same through the cache, a patch at a time: conditions (B, M, P, D) and predictions (B, M, P, C)."""
     embeds = model(input_ids=inputs["input_ids"]).inputs_embeds
-    cache = model.allocate_kv_cache(inputs["attention_mask"], 5, embeds.dtype, embeds.device)
+    cache = model.allocate_kv_cache(inputs["attention_mask"].sum(dim=1).tolist(), 5, embeds.dtype, embeds.device)
     conditions, samples = [], []
     for i, position in enumerate(inputs["positions"]):
         call = {"inputs_embeds": embeds}

@@ -1,9 +1,14 @@
-"""Offloading, casting and attention backends, on a CPU: each fails if a weight is used without its hook."""
+"""Memory: what a call allocates; and, on a CPU, offloading and casting, which fail if a weight misses its hook."""
+
+import gc
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import CpuOffload
+from diffusers import PipelineQuantizationConfig, TorchAoConfig
+
+from bitdance_diffusers import BitDancePipeline
 
 CALL = {"prompt": "a fox", "height": 8, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
 CPU = torch.device("cpu")
@@ -134,3 +139,75 @@ def test_slicing_and_tiling_of_the_vae(t2i_pipeline, draw, expected):
     assert_same(draw(pipeline), expected)
     pipeline.vae.enable_tiling()
     assert draw(pipeline).isfinite().all()
+
+
+def allocations(call):
+    """What `call` allocates on the CPU, in bytes: the most at once, and what is left when its result is gone."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+        gc.collect()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most, total
+
+
+def test_a_call_needs_its_cache_and_little_else(t2i_pipeline):
+    """
+    Peak = weights + cache + a constant: a picture 4 times as large adds its share of the cache, one layer's keys and
+    values with their heads repeated, and a few copies of its code.
+    """
+    pipeline = t2i_pipeline()
+    cache_bytes, peaks, codes = [], [], []
+    for height, width in ((16, 32), (32, 64)):
+
+        def draw(height=height, width=width):
+            pipeline("a fox", height=height, width=width, num_inference_steps=2, output_type="latent")
+
+        draw()  # what is made once
+        peaks.append(allocations(draw)[0])
+        config = pipeline.transformer.config
+        code_tokens = height // pipeline.vae_scale_factor * (width // pipeline.vae_scale_factor)
+        per_token = config.num_layers * 2 * config.num_key_value_heads * config.attention_head_dim * 4
+        cache_bytes.append(2 * (code_tokens - config.patch_size**2) * per_token)
+        codes.append(code_tokens * config.in_channels * 4)
+    grown, cache_grown, code_grown = (after - before for before, after in (peaks, cache_bytes, codes))
+    one_layer = cache_grown / config.num_layers * (config.num_attention_heads // config.num_key_value_heads)
+    assert cache_grown <= grown <= cache_grown + one_layer + 8 * code_grown
+    assert peaks[1] - cache_bytes[1] < 2**20
+
+
+def test_a_hundred_calls_leave_nothing_behind(t2i_pipeline):
+    pipeline = t2i_pipeline()
+
+    def draw():
+        pipeline("a fox", height=8, width=8, num_inference_steps=1, output_type="latent")
+
+    draw()  # what is made once
+
+    def draw_a_hundred_times():
+        for _ in range(100):
+            draw()
+
+    _, left = allocations(draw_a_hundred_times)
+    assert abs(left) < 1024
+
+
+@pytest.mark.parametrize("kept", [[], ["head"]])
+def test_torchao_quantization(t2i_pipeline_path, draw, tmp_path, kept):
+    """The transformer in int8, with its head or without it; saved and loaded again."""
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=kept)
+    pipeline = BitDancePipeline.from_pretrained(
+        t2i_pipeline_path,
+        quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config}),
+        dtype=torch.float32,
+    )
+    weights = (pipeline.transformer.layers[0].attn.to_q.weight, pipeline.transformer.head.blocks[0].attn.to_qkv.weight)
+    assert [type(weight).__name__ == "Int8Tensor" for weight in weights] == [True, not kept]
+    picture = draw(pipeline)
+    assert picture.isfinite().all()
+    pipeline.save_pretrained(tmp_path)
+    assert_same(draw(BitDancePipeline.from_pretrained(tmp_path, dtype=torch.float32)), picture)

@@ -80,6 +80,7 @@ class TestReferenceCase:
             output_type="latent",
         )
         conditions = [condition[:, 0] for condition in conditions if condition is not None]
+        conditions[0] = conditions[0].repeat_interleave(info["num_images"], dim=0)  # each text is read once
         for found, name in ((conditions[0], "cond0"), (conditions[-1], "condl")):
             torch.testing.assert_close(found, expected[name], atol=1e-4, rtol=0)
         for found, name in ((predictions[0], "pred0"), (predictions[-1], "predl")):
@@ -92,6 +93,41 @@ class TestReferenceCase:
                 expected["head_x"], timestep=expected["head_t"][:, None], condition=expected["head_cond"]
             )
         torch.testing.assert_close(found, expected["head_out"], atol=1e-5, rtol=0)
+
+
+def test_every_text_is_read_once(t2i_pipeline):
+    """However many pictures it has; the unconditional one is the same for all."""
+    pipeline = t2i_pipeline()
+    rows = []
+
+    def record(module, args, kwargs):
+        if kwargs.get("kv_cache") is not None:
+            rows.append(len(kwargs["code"] if "code" in kwargs else kwargs["inputs_embeds"]))
+
+    pipeline.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    call = {**QUICK, "guidance_scale": 3.0, "num_images_per_prompt": 3}
+    pipeline(["a fox", "a star"], **call)
+    assert rows == [3, 12]
+    rows.clear()
+    pipeline(["a fox", "a star"], ["", "blurry"], **call)
+    assert rows == [4, 12]
+
+
+def test_embeddings_may_be_padded_further(t2i_pipeline):
+    pipeline = t2i_pipeline()
+    embeds, mask, negative, negative_mask = pipeline.encode_prompt(["a fox", "a longer prompt"], None)
+    call = {**QUICK, "generator": None, "prompt": None}
+
+    def draw(width):
+        return pipeline(
+            prompt_embeds=torch.nn.functional.pad(embeds, (0, 0, width, 0)),
+            prompt_embeds_mask=torch.nn.functional.pad(mask, (width, 0)),
+            negative_prompt_embeds=negative,
+            negative_prompt_embeds_mask=negative_mask,
+            **{**call, "generator": seeded(0)},
+        ).images
+
+    assert torch.equal(draw(5), draw(0))
 
 
 class TestBatches:
