@@ -475,6 +475,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                         attention_kwargs=attention_kwargs,
                     ).condition_embeds
         self._current_timestep = None
+        del kv_cache  # its memory is for the vae now
 
         # 7. Decode the picture
         code = patches_to_grid(patches, latent_height, latent_width)

@@ -290,6 +290,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                         attention_kwargs=attention_kwargs,
                     ).condition_embeds
         self._current_timestep = None
+        del kv_cache  # its memory is for the vae now
 
         # 7. Decode the picture
         images = self.decode_latents(patches_to_grid(patches, side, side), output_type, generator)
