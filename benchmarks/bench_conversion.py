@@ -18,10 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
+from common import print_record
 from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).parents[1]
@@ -182,13 +182,7 @@ def main() -> None:
     print(f"{'':38}" + "".join(f"{row['step']:>12}" for row in rows))
     for name in list(rows[0])[1:]:
         print(f"{name:38}" + "".join(f"{row[name]:12.1f}" for row in rows))
-    machine = {
-        "date": date.today().isoformat(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-    }
-    print(json.dumps({"benchmark": "conversion", "dtype": args.dtype, "steps": rows, **machine}))
+    print_record("conversion", dtype=args.dtype, steps=rows)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@
     python benchmarks/bench_text_to_image.py --preset 14b-64x --device cuda --compile
     python benchmarks/bench_text_to_image.py --config examples/configs/icons_transformer.json --height 128 --width 128
 
-Presets: `tiny` and `small`, head (6 blocks, 2 modulations, SwiGLU) and decoder (6 layers) of width 128 and 512, P = 16,
-256 tokens (256 x 256 pixels), float32; `14b-16x` and `14b-64x`, the released sizes at 1024 x 1024, bfloat16 on an
-accelerator. A --config is a transformer's config.json; the picture has 256 tokens where no size is given.
+Presets: `tiny` and `small`, head (6 blocks, 2 modulations, SwiGLU) and decoder (6 layers) of width 128 and 512,
+P = 16, 256 tokens (256 x 256 pixels), float32; `14b-16x` and `14b-64x`, the released sizes at 1024 x 1024, bfloat16
+on an accelerator. A --config is a transformer's config.json; the picture has 256 tokens where no size is given.
 
 Every variant is run in turn, and the median of its runs counts:
 

@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def synchronize(device: torch.device) -> None:
@@ -64,6 +65,31 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+VIEWS = {"view", "unbind", "split", "transpose", "t", "permute", "select", "slice", "expand", "alias"}
+
+
+class _OperatorCount(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += function.overloadpacket.__name__ not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def count_operators(call: Callable[[], Any], device: torch.device) -> int:
+    """Operators that `call` dispatches, views aside; on a CUDA device the kernels that it launches."""
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            synchronize(device)
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    with _OperatorCount() as operators:
+        call()
+    return operators.count
 
 
 def processor_name() -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -68,6 +69,19 @@ def byte_tokenizer(patch_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
+def random_model(
+    model_class: type[ModelMixin], config: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype
+) -> ModelMixin:
+    """A model of random weights, drawn on its device in its dtype: never in another place or twice."""
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return model_class.from_config(dict(config)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default_dtype)
+
+
 def random_pipeline(
     config: Mapping[str, Any],
     device: torch.device | str = "cpu",
@@ -76,23 +90,14 @@ def random_pipeline(
     solver_type: str = "euler_maruyama",
 ) -> BitDancePipeline:
     """
-    A pipeline around a transformer of `config` with random weights, made on its device in its dtype. Its autoencoder
-    has the released spatial ratio, 16, and is otherwise as small as can be: it is there for `output_type="latent"`.
+    A pipeline around a transformer of `config` with random weights. Its autoencoder has the released spatial ratio,
+    16, and is otherwise as small as can be: it is there for `output_type="latent"`.
     """
     torch.manual_seed(seed)
-    default_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            transformer = BitDanceTransformer.from_config(dict(config)).eval().requires_grad_(False)
-            vae = BitDanceTokenizer(
-                latent_channels=transformer.config.in_channels,
-                block_out_channels=(32,),
-                layers_per_block=1,
-                patch_size=PIXELS_PER_TOKEN,
-            ).eval()
-    finally:
-        torch.set_default_dtype(default_dtype)
+    transformer = random_model(BitDanceTransformer, config, device, dtype)
+    vae_config = {"latent_channels": transformer.config.in_channels, "block_out_channels": [32]}
+    vae_config |= {"layers_per_block": 1, "patch_size": PIXELS_PER_TOKEN}
+    vae = random_model(BitDanceTokenizer, vae_config, device, dtype)
     tokenizer = byte_tokenizer(transformer.config.patch_size)
     pipeline = BitDancePipeline(tokenizer, vae, transformer, BinaryDiffusionScheduler(solver_type=solver_type))
     pipeline.set_progress_bar_config(disable=True)
