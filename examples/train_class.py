@@ -77,17 +77,12 @@ def load_pipeline(args: argparse.Namespace, label_names: list[str]) -> BitDanceC
 
 def check_pipeline(args: argparse.Namespace, pipeline: BitDanceClassPipeline) -> None:
     """Raises a `ValueError` where arguments and components do not fit each other."""
-    config, vae_config = pipeline.transformer.config, pipeline.vae.config
+    config = pipeline.transformer.config
     side = config.sample_size * pipeline.vae_scale_factor
     if args.resolution != side:
         raise ValueError(
             f"--resolution {args.resolution} has to be {side}: {pipeline.vae_scale_factor} pixels a token, and the "
             f"transformer's `sample_size` is {config.sample_size}."
-        )
-    if config.in_channels != vae_config.latent_channels:
-        raise ValueError(
-            f"The vae makes {vae_config.latent_channels} bits a token, but the transformer's `in_channels` is "
-            f"{config.in_channels}."
         )
 
 

@@ -195,8 +195,10 @@ class TransformerTraining:
         self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
         self.validation, self.num_validation_rows = validation, num_validation_rows
         transformer, self.vae = pipeline.transformer, pipeline.vae
+        # What Diffusers keeps of fields that a config leaves out has another order in every process
+        config = {name: value for name, value in transformer.config.items() if name != "_use_default_values"}
         configuration = training_utils.training_configuration(
-            args, accelerator.num_processes, transformer=dict(transformer.config), num_pictures=len(pictures)
+            args, accelerator.num_processes, transformer=config, num_pictures=len(pictures)
         )
         self.first_step = 0 if checkpoint is None else training_utils.Checkpoints.check(checkpoint, configuration)
         self.step = self.first_step

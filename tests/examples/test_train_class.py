@@ -276,22 +276,24 @@ def test_labels_are_dropped_to_no_class(arguments, train, monkeypatch):
 
 
 def test_four_pictures_are_learnt():
-    """The bits are random, so that only class, place and what came before can tell them."""
+    """Of random bits, two pictures a class, so that only class, place and what came before can tell them."""
     transformer = BitDanceClassTransformer(**CONFIG | {"num_classes": 4, "head_hidden_size": 64})
     initialize_weights(transformer, torch.Generator().manual_seed(0))
     scheduler = train_class.BinaryDiffusionScheduler()
     code = torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(0)).sign()
+    labels = torch.tensor([0, 0, 1, 1])
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3, betas=(0.9, 0.95))
     losses = []
     for step in range(200):
         draws = RandomDraws(torch.Generator().manual_seed(step))
-        loss = class_to_image_loss(transformer, scheduler, torch.arange(4), code, 2, draws, 0.1, 4)
+        loss = class_to_image_loss(transformer, scheduler, labels, code, 2, draws, 0.1, 4)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert np.mean(losses[-20:]) < 0.3
+    # 0.17; 0.22 to 0.31 with the label, the place or what is fed back gone, 0.09 where a patch sees those to come
+    assert 0.12 < np.mean(losses[-20:]) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_bad_arguments_that_only_the_files_show(train, workplace, options, messa
     ("changes", "message"),
     [
         ({"num_classes": 4}, "have 3 classes, but the transformer's `num_classes` is 4"),
-        ({"in_channels": 4}, "makes 8 bits a token, but the transformer's `in_channels` is 4"),
+        ({"in_channels": 4}, "`vae` writes 8 bits a token"),
     ],
 )
 def test_a_config_that_does_not_fit(train, workplace, changes, message):
