@@ -38,7 +38,8 @@ def denoise_patch(
 
     Args:
         predict: `(noisy bits (R, P, C), timestep embedding (G,)) -> predicted clean bits (R, P, C)`; R is B, or 2 B
-            with guidance: the conditional rows first. Both halves get the same noisy bits.
+            with guidance: the conditional rows first. Both halves get the same noisy bits. A later call may overwrite
+            what an earlier one returned, as CUDA graphs do.
         noise (n + 1, B, P, C): what [`draw_patch_noise`] drew.
         timestep_embeds (n + 1, G): the times of the evaluations as the head projects them.
         step_coefficients (n, 4): [`BinaryDiffusionScheduler.step_coefficients`].
@@ -52,7 +53,7 @@ def denoise_patch(
     previous = None
     for i in range(len(timestep_embeds)):
         if guidance_scale is None:
-            prediction = predict(sample, timestep_embeds[i]).float()
+            prediction = predict(sample, timestep_embeds[i]).to(torch.float32, copy=True)
         else:
             conditional, unconditional = predict(torch.cat([sample, sample]), timestep_embeds[i]).float().chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)

@@ -234,7 +234,8 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             kv_cache=kv_cache,
             attention_kwargs=attention_kwargs,
         )
-        timestep_embeds = output.timestep_embeds  # (n + 1, G)
+        # The next call may overwrite what this one returned (CUDA graphs do): what lives longer is a copy
+        timestep_embeds = output.timestep_embeds.clone()  # (n + 1, G)
         condition_embeds = output.condition_embeds[label_of_row]  # (R, 1, P, G); R rows
         kv_cache = kv_cache.repeat_rows(label_of_row, (num_patches - 1) * config.patch_size**2)
 
@@ -288,7 +289,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                         condition_indices=indices[i + 1 : i + 2],
                         kv_cache=kv_cache,
                         attention_kwargs=attention_kwargs,
-                    ).condition_embeds
+                    ).condition_embeds.clone()
         self._current_timestep = None
         del kv_cache  # its memory is for the vae now
 

@@ -61,6 +61,27 @@ def test_class_pipeline_compiled_once(class_pipeline, graphs):
         assert graphs.count == 3  # class, fed-back patch and denoising
 
 
+@pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
+def test_outputs_may_be_overwritten_by_the_next_call(t2i_pipeline, class_pipeline, guidance_scale):
+    """As those of a CUDA graph are: `mode="reduce-overhead"`."""
+    for pipeline, call in (
+        (t2i_pipeline(), {**SIZE, "prompt": "a fox"}),
+        (class_pipeline("class_p4"), {"class_labels": 1}),
+    ):
+        call |= {"num_inference_steps": 3, "guidance_scale": guidance_scale, "output_type": "latent"}
+        pipeline.scheduler.register_to_config(solver_type="exponential_2m")
+        expected = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
+        returned = []
+
+        def overwrite(module, args, output, returned=returned):
+            for tensor in returned:
+                tensor.fill_(float("nan"))
+            returned[:] = output if isinstance(output, tuple) else output.to_tuple()
+
+        pipeline.transformer.register_forward_hook(overwrite)
+        assert torch.equal(pipeline(**call, generator=torch.Generator().manual_seed(0)).images, expected)
+
+
 def test_compiled_with_inductor_agrees_with_eager(t2i_pipeline):
     """The real thing, once: a head evaluation through the default backend."""
     transformer = t2i_pipeline().transformer
