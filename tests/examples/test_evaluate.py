@@ -1,4 +1,5 @@
 import json
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -195,6 +196,8 @@ def test_equal_pictures_make_equal_npz_files(tmp_path):
     for name in ("one.npz", "two.npz"):
         write_npz(tmp_path / name, sorted(folder.iterdir()), np.arange(10))
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.npz") as archive:
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}  # none, rather than now
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "pictures", "two.npz"]
     make_pictures(tmp_path / "other", number=1, size=(8, 8))
     with pytest.raises(ValueError, match="000000.png is 8 x 8"):
@@ -276,7 +279,7 @@ def statistics_of(pictures, feature_weights):
     return fid_input_id_to_statistics(1, network, "2048", input1=pictures, cuda=False, verbose=False)
 
 
-def test_fid_scores_folders_npz_files_and_statistics(feature_weights, tmp_path, capsys):
+def test_fid_scores_folders_npz_files_and_statistics(torch_fidelity, feature_weights, tmp_path, capsys):
     folder, dark = make_pictures(tmp_path / "samples"), make_pictures(tmp_path / "dark", seed=1, factor=0.3)
     npz = tmp_path / "samples.npz"
     write_npz(npz, sorted(folder.iterdir()), np.arange(10))
@@ -294,6 +297,19 @@ def test_fid_scores_folders_npz_files_and_statistics(feature_weights, tmp_path, 
     apart, lines = score(npz, dark)
     assert apart["frechet_inception_distance"] > 1 and apart["inception_score_mean"] >= 1
     assert lines[0] == "10 pictures against 10; the distance is the one to the reference's pictures"
+    expected = torch_fidelity.calculate_metrics(
+        input1=PictureFolder(folder),
+        input2=PictureFolder(dark),
+        isc=True,
+        fid=True,
+        prc=True,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=feature_weights,
+        cuda=False,
+        cache=False,
+        verbose=False,
+    )
+    assert apart == pytest.approx(expected, rel=1e-4)
 
     # A reference with both: the distance is the one to the statistics, precision and recall are from the pictures.
     with np.load(npz) as arrays:
