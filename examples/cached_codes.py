@@ -62,7 +62,7 @@ def describe_pictures(dataset: Dataset) -> Any:
     if isinstance(dataset, HubDataset):
         return [dataset.rows._fingerprint, dataset.image_column, dataset.target_column]
     if isinstance(dataset, IconDataset):
-        return [dataset.num_pictures, dataset.seed, dict(dataset.category_weights or {})]
+        return [dataset.num_pictures, dataset.seed, dict(dataset.category_weights or {}), dataset.smaller_share]
     raise TypeError(f"`dataset` is {type(dataset).__name__}; codes cannot be kept for it.")
 
 

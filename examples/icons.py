@@ -225,13 +225,23 @@ class IconWorld:
         """
         return self.draw_scene(prompt, rng)[0]
 
-    def draw_scene(self, prompt: str, rng: np.random.Generator) -> tuple[Image.Image, tuple[DrawnIcon, ...]]:
+    def draw_scene(
+        self, prompt: str, rng: np.random.Generator, smaller: bool = False
+    ) -> tuple[Image.Image, tuple[DrawnIcon, ...]]:
         """Draw a picture of the prompt, and say what was drawn where.
+
+        Args:
+            smaller: the icons are as large as in a picture of as many or more, evenly among these numbers. The world
+                proper draws each number of icons in one size, and holds out prompts whose icons a model then never
+                sees in theirs.
 
         Raises:
             ValueError: if the prompt is not one of the world's.
         """
         parsed = self.parse(prompt)
+        size_of = len(parsed.icons)
+        if smaller:
+            size_of = int(rng.integers(size_of, max(self.longest_side_px), endpoint=True))
         names = list(self.colors)
         if parsed.category == "counting":
             colors = [names[rng.integers(len(names))]] * len(parsed.icons)
@@ -239,7 +249,7 @@ class IconWorld:
             colors = [color or names[rng.integers(len(names))] for _, color in parsed.icons]
 
         patches = [
-            self._patches[shape, len(colors), color] for (shape, _), color in zip(parsed.icons, colors, strict=True)
+            self._patches[shape, size_of, color] for (shape, _), color in zip(parsed.icons, colors, strict=True)
         ]
         corners = self._place([patch.shape[:2] for patch in patches], parsed.relation, rng)
 
@@ -386,22 +396,33 @@ class IconDataset(Dataset):
         num_pictures: the length.
         seed: two seeds give different pictures.
         category_weights: how often each category is drawn, relative to the others; 1 for those not named.
+        smaller_share: in [0, 1], the share of pictures whose icons are drawn `smaller` (`IconWorld.draw_scene`).
 
     An item is `{"image": PIL RGB 64x64, "text": prompt}`.
 
     Raises:
-        ValueError: for a length under 1, a negative seed, or weights that `category_probabilities` refuses.
+        ValueError: for a length under 1, a negative seed, weights that `category_probabilities` refuses, or a share
+            outside of [0, 1].
     """
 
-    def __init__(self, num_pictures: int, seed: int, category_weights: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        num_pictures: int,
+        seed: int,
+        category_weights: Mapping[str, float] | None = None,
+        smaller_share: float = 0.0,
+    ):
         if num_pictures < 1:
             raise ValueError(f"`num_pictures` has to be at least 1, but is {num_pictures}.")
         if seed < 0:
             raise ValueError(f"`seed` has to be at least 0, but is {seed}.")
+        if not 0 <= smaller_share <= 1:
+            raise ValueError(f"`smaller_share` has to be in [0, 1], but is {smaller_share}.")
         category_probabilities(category_weights)
         self.num_pictures = num_pictures
         self.seed = seed
         self.category_weights = category_weights
+        self.smaller_share = smaller_share
         self.world = IconWorld()
 
     def __len__(self) -> int:
@@ -412,7 +433,8 @@ class IconDataset(Dataset):
             raise IndexError(f"index {index} is outside of 0..{self.num_pictures - 1}")
         rng = np.random.default_rng((self.seed, index))
         prompt = self.world.sample_prompt(rng, self.category_weights).text
-        return {"image": self.world.draw(prompt, rng), "text": prompt}
+        smaller = self.smaller_share > 0 and rng.random() < self.smaller_share
+        return {"image": self.world.draw_scene(prompt, rng, smaller)[0], "text": prompt}
 
 
 def category_probabilities(category_weights: Mapping[str, float] | None) -> np.ndarray:

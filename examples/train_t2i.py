@@ -47,6 +47,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     text.add_argument(
         "--icon_weights", nargs="+", default=[], metavar="CATEGORY=WEIGHT", help="how often --icons draws a category"
     )
+    text.add_argument(
+        "--smaller_icons", type=float, default=0.0, help="share of --icons drawn as small as among more of them"
+    )
     text.add_argument("--proportion_empty_prompts", type=float, default=0.1, help="share of prompts dropped")
     text.add_argument("--text_loss_weight", type=float, help="0.01 by default, 0 for a transformer without `lm_head`")
     text.add_argument("--validation_prompts", "--validation_prompt", nargs="+", default=[])
@@ -66,6 +69,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--text_loss_weight has to be at least 0 but is {args.text_loss_weight}.")
     if args.icon_weights and args.icons is None:
         raise ValueError("--icon_weights weighs the pictures of --icons, which is not given.")
+    check_probability(args, "smaller_icons")
     args.icon_weights = dict(parse_icon_weight(entry) for entry in args.icon_weights)
 
 
@@ -143,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     transformer, patch_size = pipeline.transformer, pipeline.transformer.config.patch_size
     side = args.resolution // pipeline.vae_scale_factor
     frames = PromptFrames(pipeline.tokenizer, picture_start_ids(pipeline.tokenizer, side, side, patch_size))
-    pictures = training_utils.load_pictures(args, args.caption_column, args.icon_weights)
+    pictures = training_utils.load_pictures(args, args.caption_column, args.icon_weights, args.smaller_icons)
 
     # 2. Model, optimizer, codes. The output layer for text learns from the text loss alone.
     text_loss_weight = args.text_loss_weight

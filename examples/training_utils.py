@@ -354,7 +354,10 @@ class HubDataset(Dataset):
 
 
 def load_pictures(
-    args: argparse.Namespace, caption_column: str | None = None, icon_weights: Mapping[str, float] | None = None
+    args: argparse.Namespace,
+    caption_column: str | None = None,
+    icon_weights: Mapping[str, float] | None = None,
+    smaller_icons: float = 0.0,
 ) -> Dataset:
     """
     The pictures that the arguments name: a map-style dataset of `{"image": PIL RGB, "text": str}`.
@@ -365,7 +368,7 @@ def load_pictures(
     if args.icons is not None:
         from icons import IconDataset
 
-        dataset = IconDataset(args.icons, args.seed, icon_weights)
+        dataset = IconDataset(args.icons, args.seed, icon_weights, smaller_icons)
     elif args.train_data_dir is not None:
         dataset = ImageFolder(args.train_data_dir, caption_column)
     else:

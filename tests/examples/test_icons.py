@@ -375,3 +375,25 @@ def test_blurred_edges_have_no_say_in_the_color(world):
     for plural in world.shapes.values():
         image = world.draw(f"four {plural}", rng).filter(ImageFilter.GaussianBlur(0.6))
         assert max(icon.color_distance for icon in world.find_icons(image)) < 20
+
+
+def test_smaller_icons_are_still_what_the_prompt_says(world):
+    """Each number of icons also in the sizes of more, and never in a size of fewer."""
+    sides = {number: set() for number in (1, 2, 3, 4)}
+    rng = np.random.default_rng(0)
+    for prompt in ("a fish", "a red star", "two fish", "a car and a key", "three stars", "four stars") * 12:
+        image, icons = world.draw_scene(prompt, rng, smaller=True)
+        assert world.check(image, prompt)
+        for left, top, right, bottom in (icon.box for icon in icons):
+            sides[len(icons)].add(max(right - left, bottom - top))
+    longest = [world.longest_side_px[number] for number in (1, 2, 3, 4)]
+    assert [sides[number] for number in (1, 2, 3, 4)] == [set(longest[i:]) for i in range(4)]
+    with pytest.raises(ValueError, match="`smaller_share` has to be in \\[0, 1\\], but is 1.5"):
+        IconDataset(1, seed=0, smaller_share=1.5)
+
+
+def test_smaller_share_leaves_the_prompts_alone():
+    plain, smaller = IconDataset(40, seed=3), IconDataset(40, seed=3, smaller_share=0.5)
+    pairs = [(plain[i], smaller[i]) for i in range(40)]
+    assert all(a["text"] == b["text"] for a, b in pairs)
+    assert 0 < sum(a["image"] != b["image"] for a, b in pairs)
