@@ -8,6 +8,8 @@ from evaluate import main as evaluate
 from PIL import Image
 from training_utils import ClassFolder
 
+from bitdance_diffusers import BitDanceClassPipeline, BitDanceClassTransformer
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -88,8 +90,9 @@ def test_bad_arguments(capsys, options, message):
 
 def test_a_model_of_other_classes(class_pipeline, tmp_path, capsys):
     pipeline = class_pipeline("class_p4")
-    pipeline.transformer.register_to_config(num_classes=9)
-    pipeline.save_pretrained(tmp_path / "other")
+    config = {name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")}
+    transformer = BitDanceClassTransformer(**config | {"num_classes": 3})
+    BitDanceClassPipeline(pipeline.vae, transformer, pipeline.scheduler).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit):
         evaluate(["digits", "--model", str(tmp_path / "other")])
-    assert "`model`" in capsys.readouterr().err
+    assert "`model` has to have 10 classes, but has 3" in capsys.readouterr().err
