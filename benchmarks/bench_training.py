@@ -104,9 +104,12 @@ def read_shares(log: str) -> dict[str, float]:
 
 def warm_speed(logs: Path, batch_size: int, warmup_steps: int) -> float:
     """Pictures a second after `warmup_steps`; what the script logs is the mean since its first step."""
-    (file,) = logs.rglob("events.out.tfevents*")
-    events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload().Scalars("pictures_per_second")
-    seconds = {event.step: batch_size * event.step / event.value for event in events}
+    seconds = {}
+    for file in logs.rglob("events.out.tfevents*"):
+        scalars = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        if "pictures_per_second" in scalars.Tags()["scalars"]:  # another file has the arguments
+            events = scalars.Scalars("pictures_per_second")
+            seconds |= {event.step: batch_size * event.step / event.value for event in events}
     last = max(seconds)
     return batch_size * (last - warmup_steps) / (seconds[last] - seconds[warmup_steps])
 

@@ -635,6 +635,8 @@ def class_args_to_original(
     """
     width = transformer_config["hidden_size"]
     fixed = {**_CLASS_TRANSFORMER_FIXED, "intermediate_size": -(-int(2 * 4 * width / 3) // 256) * 256}
+    if transformer_config["patch_size"] == 1:
+        del fixed["head_attention_head_dim"]  # there is no attention in the head then
     scheduler_fixed = {**_CLASS_SCHEDULER_FIXED, "solver_type": "euler_maruyama"}
     for config, required in ((transformer_config, fixed), (scheduler_config, scheduler_fixed)):
         for name, value in required.items():

@@ -97,6 +97,8 @@ def cache_codes(
     }
     key = json.loads(json.dumps(key))
     if folder.exists():
+        if not (folder / "key.json").is_file():
+            raise ValueError(f"--cache_codes: {folder} exists, but is no cache of codes; name another folder.")
         found = json.loads((folder / "key.json").read_text(encoding="utf-8"))
         differ = [name for name in key if key[name] != found.get(name)]
         if differ:

@@ -8,9 +8,9 @@ Picture i is `{i:06d}.png` in the output folder; at the end all are in one `.npz
 `arr_0` the pictures, `arr_1` their labels. A run that was killed goes on with the same command, on any number of
 processes: pictures that are there are kept. Batches are cut by the pictures' indices and every picture has a
 generator of its own, so that on one kind of device (and, on a CPU, with one number of threads) a picture has the same
-bits however many processes drew the set, and however often they were killed. All that bits depend on, the number of
-pictures among it since it cuts the last batch, is kept in the folder's `settings.json`, and a run with other settings
-is refused there.
+bits however many processes drew the set, and however often they were killed. The settings that bits depend on, the
+number of pictures among them since it cuts the last batch, are kept in the folder's `settings.json`, and a run with
+others is refused there. The model is told by its path: other weights under the same path are not noticed.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def read_settings(args: argparse.Namespace, device: torch.device) -> dict[str, A
         raise ValueError(f"`model` has to be a BitDanceClassPipeline, but {args.model} is a {config['_class_name']}.")
     settings = {
         "model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model,
+        "device": device.type,
         "dtype": args.dtype or ("float32" if device.type == "cpu" else "bfloat16"),
         "compile": args.compile,
         "labels": args.labels,

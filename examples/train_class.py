@@ -14,6 +14,7 @@ import argparse
 
 import torch
 import training_utils
+from accelerate.logging import get_logger
 from transformer_training import (
     TransformerTraining,
     add_transformer_arguments,
@@ -29,6 +30,8 @@ from transformer_training import (
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDanceClassPipeline, BitDanceClassTransformer
 from bitdance_diffusers.pipelines.pipeline_bitdance_class import GUIDANCE_SCHEDULES
 from bitdance_diffusers.training.objective import choose_dropped, class_to_image_loss
+
+logger = get_logger(__name__)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -72,6 +75,10 @@ def load_pipeline(args: argparse.Namespace, label_names: list[str]) -> BitDanceC
         raise ValueError(
             f"The pictures have {len(label_names)} classes, but the transformer's `num_classes` is {num_classes}."
         )
+    if args.pretrained_model_name_or_path is not None and pretrained.config.label_names is not None:
+        # Folders are often called otherwise (n01440764): the names that users of the pipeline know stay
+        logger.info("The label names stay those of the pretrained pipeline; the pictures' classes go by their order.")
+        label_names = pretrained.config.label_names
     return BitDanceClassPipeline(**components, **defaults, label_names=label_names)
 
 

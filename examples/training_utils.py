@@ -269,7 +269,8 @@ def _find_images(folder: Path) -> list[Path]:
 
 def _check_images(paths: Iterable[Path]) -> None:
     with ThreadPoolExecutor() as pool:
-        list(pool.map(read_image, paths))
+        for _ in pool.map(lambda path: read_image(path).size, paths):  # a size, so that no picture is kept
+            pass
 
 
 def _read_metadata(folder: Path, caption_column: str) -> Iterator[tuple[Path, str]]:

@@ -5,6 +5,7 @@ optimizer to the saved pipeline. The scripts say what is learnt from and what th
 import argparse
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -89,8 +90,8 @@ def check_transformer_arguments(args: argparse.Namespace, from_scratch: tuple[st
     for name in ("diff_batch_mul", "num_validation_images", "num_inference_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
-    if args.guidance_scale is not None and args.guidance_scale < 0:
-        raise ValueError(f"--guidance_scale has to be at least 0 but is {args.guidance_scale}.")
+    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
+        raise ValueError(f"--guidance_scale has to be at least 0 and finite but is {args.guidance_scale}.")
     if args.cache_codes is not None:
         if args.random_flip:
             raise ValueError("--cache_codes keeps one code per picture; it excludes --random_flip.")

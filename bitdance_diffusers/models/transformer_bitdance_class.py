@@ -40,7 +40,7 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         patch_size (`int`): p; p * p tokens are predicted at once. At 1 the head has no attention.
         sample_size (`int`): side of the square code grid in tokens; a multiple of `patch_size`.
         head_hidden_size, head_num_layers, head_num_modulations, head_attention_head_dim: the head's sizes, see
-            [`BinaryDiffusionHead`].
+            [`BinaryDiffusionHead`]; the last is not used at `patch_size` 1.
     """
 
     _skip_layerwise_casting_patterns = ["embed", "norm", "proj_in", "proj_out", "condition_proj"]
@@ -65,12 +65,14 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         head_attention_head_dim: int = 64,
     ):
         super().__init__()
-        self._check_sizes(
+        multiples = [
             ("hidden_size", "num_attention_heads"),
             ("sample_size", "patch_size"),
             ("head_num_layers", "head_num_modulations"),
-            ("head_hidden_size", "head_attention_head_dim"),
-        )
+        ]
+        if patch_size != 1:
+            multiples.append(("head_hidden_size", "head_attention_head_dim"))
+        self._check_sizes(*multiples)
         head_dim = hidden_size // num_attention_heads
         if head_dim % 4:
             raise ValueError(

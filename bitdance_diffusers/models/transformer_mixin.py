@@ -57,7 +57,7 @@ class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
         if self._hf_peft_config_loaded:
             raise ValueError(
                 f"The transformer has the adapters {self.active_adapters()}, which `save_pretrained` cannot save. "
-                "Save them with `save_lora_weights`, or merge them with `fuse_lora` and call `unload_lora_weights`."
+                "Save them with `save_lora_adapter`, or merge them with `fuse_lora` and call `unload_lora`."
             )
         super().save_pretrained(*args, **kwargs)
 

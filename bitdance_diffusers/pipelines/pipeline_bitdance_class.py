@@ -261,7 +261,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                     if guided and guidance_schedule == "linear":
                         scale = 1 + (self._guidance_scale - 1) * i / num_patches
                     shape = patches[:, i].shape
-                    if scale == 1:
+                    if scale == 1 and self._guidance_scale != 1:
                         noise = draw_halves_noise(num_inference_steps, shape, generator, device)
                         scale = None
                     else:

@@ -101,6 +101,8 @@ def test_shares_are_read_from_the_script():
 def test_warm_speed_leaves_the_first_steps_out(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
+    with SummaryWriter(tmp_path / "arguments") as writer:
+        writer.add_scalar("hparam", 1.0)
     with SummaryWriter(tmp_path / "train") as writer:
         for step in range(1, 11):  # the first takes 10 seconds, the others half a second
             writer.add_scalar("pictures_per_second", 8 * step / (9.5 + 0.5 * step), step)

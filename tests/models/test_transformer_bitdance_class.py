@@ -98,7 +98,7 @@ def test_a_block_sees_itself_and_what_is_before_it():
 @torch.no_grad()
 def test_without_attention_no_token_of_the_head_sees_another():
     """P = 1: rows are tokens, and the head has no layer that joins any."""
-    model = tiny_transformer(patch_size=1, sample_size=4)
+    model = tiny_transformer(patch_size=1, sample_size=4, head_hidden_size=24)  # which 16 does not divide
     assert not any("attn" in name for name, _ in model.head.named_parameters())
     assert model.query_embed is None
 

@@ -104,6 +104,20 @@ def test_linear_schedule_grows_with_the_patch(class_pipeline, monkeypatch):
     assert scales == [None] * 16
 
 
+def test_a_callback_that_ends_guidance_draws_conditional_rows(class_pipeline, monkeypatch):
+    """Guidance that is 1 by itself is no patch of a growing schedule: nothing is sampled in two halves."""
+    shapes = []
+    draw = pipeline_bitdance_class.draw_halves_noise
+    monkeypatch.setattr(pipeline_bitdance_class, "draw_halves_noise", lambda *args: shapes.append(args) or draw(*args))
+
+    def end_guidance(pipe, index, step, kwargs):
+        pipe._guidance_scale = 1.0
+        return kwargs
+
+    class_pipeline("class_p4")(1, guidance_schedule="constant", callback_on_step_end=end_guidance, **QUICK)
+    assert not shapes
+
+
 def test_several_images_of_a_label_stand_side_by_side(class_pipeline):
     pipeline = class_pipeline("class_p1")
     call = {**QUICK, "guidance_schedule": "constant"}
