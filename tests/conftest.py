@@ -5,10 +5,19 @@ import pytest
 import torch
 from convert_class_to_image import convert_class_to_image
 from convert_text_to_image import convert_text_to_image
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
 
 CASES = Path(__file__).parent / "cases"
+
+
+@pytest.fixture(autouse=True)
+def restore_attention_backend():
+    """`set_attention_backend` of a model also sets Diffusers' global one, which the next tests' models would follow."""
+    backend, _ = _AttentionBackendRegistry.get_active_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(backend)
 
 
 @pytest.fixture(scope="session")
