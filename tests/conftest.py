@@ -10,14 +10,14 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
 
 CASES = Path(__file__).parent / "cases"
+ATTENTION_BACKEND, _ = _AttentionBackendRegistry.get_active_backend()
 
 
 @pytest.fixture(autouse=True)
 def restore_attention_backend():
-    """`set_attention_backend` of a model also sets Diffusers' global one, which the next tests' models would follow."""
-    backend, _ = _AttentionBackendRegistry.get_active_backend()
+    """`set_attention_backend` of a model also sets Diffusers' global one, which later tests' models would follow."""
     yield
-    _AttentionBackendRegistry.set_active_backend(backend)
+    _AttentionBackendRegistry.set_active_backend(ATTENTION_BACKEND)
 
 
 @pytest.fixture(scope="session")
