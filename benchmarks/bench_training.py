@@ -146,12 +146,14 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(given.mixed_precision, torch.float32)
     flops = operations_of_a_picture(model_config, texts, given.diff_batch_mul)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, records = [], []
+    rows, records, machines = [], [], {}
     for recipe, processes, threads in variants:
         runs = results[recipe, processes, threads]
         median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-        torch.set_num_threads(processes * threads)
-        machine = find_machine(device, dtype)
+        if processes * threads not in machines:
+            torch.set_num_threads(processes * threads)
+            machines[processes * threads] = find_machine(device, dtype)
+        machine = machines[processes * threads]
         peak = None if machine is None else machine.flops * (processes if device.type == "cuda" else 1)
         share = "" if peak is None else f"{median['pictures_per_second'] * flops / peak:.1%}"
         shares = [f"{median[name]:.1%}" for name in LAPS]

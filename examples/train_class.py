@@ -70,15 +70,13 @@ def load_pipeline(args: argparse.Namespace, label_names: list[str]) -> BitDanceC
         pretrained = load_pretrained(args, BitDanceClassPipeline)
         components = pretrained.components
         defaults = {name: value for name, value in pretrained.config.items() if name.startswith("default_")}
+        if pretrained.config.label_names not in (None, label_names):
+            logger.warning("The pictures name the classes otherwise than the pretrained pipeline: their names are saved.")
     num_classes = components["transformer"].config.num_classes
     if len(label_names) != num_classes:
         raise ValueError(
             f"The pictures have {len(label_names)} classes, but the transformer's `num_classes` is {num_classes}."
         )
-    if args.pretrained_model_name_or_path is not None and pretrained.config.label_names is not None:
-        # Folders are often called otherwise (n01440764): the names that users of the pipeline know stay
-        logger.info("The label names stay those of the pretrained pipeline; the pictures' classes go by their order.")
-        label_names = pretrained.config.label_names
     return BitDanceClassPipeline(**components, **defaults, label_names=label_names)
 
 
