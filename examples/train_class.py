@@ -71,7 +71,7 @@ def load_pipeline(args: argparse.Namespace, label_names: list[str]) -> BitDanceC
         components = pretrained.components
         defaults = {name: value for name, value in pretrained.config.items() if name.startswith("default_")}
         if pretrained.config.label_names not in (None, label_names):
-            logger.warning("The pictures name the classes otherwise than the pretrained pipeline: their names are saved.")
+            logger.warning("The pictures name the classes otherwise than the pretrained pipeline: theirs are saved.")
     num_classes = components["transformer"].config.num_classes
     if len(label_names) != num_classes:
         raise ValueError(
