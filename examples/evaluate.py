@@ -28,7 +28,6 @@ from generate import (
     DTYPES,
     SHIPPED_MODEL,
     add_model_arguments,
-    check_model,
     find_device,
     load_pipeline,
     make_grid,
@@ -262,13 +261,7 @@ def evaluate_digits(args: argparse.Namespace) -> None:
     """
     if args.pictures_per_class < 1:
         raise ValueError(f"`pictures_per_class` has to be at least 1, but is {args.pictures_per_class}.")
-    device = find_device(args.device)
-    check_model(args.model)
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    try:
-        pipe = BitDanceClassPipeline.from_pretrained(args.model, dtype=DTYPES[dtype]).to(device)
-    except OSError as error:  # what Diffusers raises for a repository or a file that is not there
-        raise ValueError(f"`model` cannot be loaded: {error}") from error
+    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline)
     if pipe.transformer.config.num_classes != NUM_CLASSES:
         raise ValueError(f"`model` has to have {NUM_CLASSES} classes, but has {pipe.transformer.config.num_classes}.")
     pipe.set_progress_bar_config(disable=True)
@@ -294,7 +287,8 @@ def evaluate_digits(args: argparse.Namespace) -> None:
     print_scores("class", scores)
     print(f"Of the real digits that were held out the classifier recognises {accuracy:.3f}")
     if args.json:
-        settings = {"model": args.model, "dtype": dtype, "device": str(device), "seed": args.seed}
+        settings = {"model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."), "device": str(pipe.device)}
+        settings["seed"] = args.seed
         for name in ("num_inference_steps", "guidance_scale"):
             given = getattr(args, name)
             settings[name] = pipe.config[f"default_{name}"] if given is None else given

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw, ImageFont
@@ -46,13 +47,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the first accelerator where there is one")
 
 
-def load_pipeline(model: str, dtype: str | None, device: str | None) -> BitDancePipeline:
+def load_pipeline(
+    model: str, dtype: str | None, device: str | None, pipeline_class: type[DiffusionPipeline] = BitDancePipeline
+) -> DiffusionPipeline:
     """Load a pipeline onto a device.
 
     Args:
         model: a folder that `save_pretrained` wrote, or the name of a repository on the Hub.
         dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU and bfloat16 elsewhere.
         device: what `torch.device` takes; None is the accelerator where there is one, else the CPU.
+        pipeline_class: the pipeline that the model has to be.
 
     Raises:
         ValueError: for a device that torch does not know or this machine lacks, a model that is neither a pipeline's
@@ -62,7 +66,7 @@ def load_pipeline(model: str, dtype: str | None, device: str | None) -> BitDance
     check_model(model)
     weights_dtype = DTYPES[dtype or ("float32" if torch_device.type == "cpu" else "bfloat16")]
     try:
-        pipe = BitDancePipeline.from_pretrained(model, dtype=weights_dtype).to(torch_device)
+        pipe = pipeline_class.from_pretrained(model, dtype=weights_dtype).to(torch_device)
     except OSError as error:  # what Diffusers raises for a repository or a file that is not there
         raise ValueError(f"`model` cannot be loaded: {error}") from error
     return pipe

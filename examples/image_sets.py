@@ -8,7 +8,6 @@ import math
 import struct
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from training_utils import IMAGE_SUFFIXES, read_image
+from training_utils import find_images, image_sizes, read_image
 
 FEATURE_NETWORK = "inception-v3-compat"  # torch-fidelity's name of the network of the FID paper, from TensorFlow
 # The Inception score is taken over 10 parts of the pictures, so that each has one at least.
@@ -33,11 +32,10 @@ class PictureFolder(Dataset):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.paths = find_images(folder)
         if not self.paths:
             raise ValueError(f"There are no pictures in {folder}.")
-        with ThreadPoolExecutor() as pool:
-            sizes = list(pool.map(lambda path: read_image(path).size, self.paths))
+        sizes = image_sizes(self.paths)
         for path, size in zip(self.paths, sizes, strict=True):
             if size != sizes[0]:
                 raise ValueError(

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from generate import DTYPES, check_model, save_image
+from generate import DTYPES, check_model, load_pipeline, save_image
 from image_sets import write_npz
 from tqdm import tqdm
 from training_utils import random_generator
@@ -123,21 +123,6 @@ def make_labels(kind: str, num_images: int, num_classes: int, seed: int) -> np.n
     return np.array([np.random.default_rng((seed, i)).integers(num_classes) for i in range(num_images)])
 
 
-def load_pipeline(settings: dict[str, Any], device: torch.device) -> BitDanceClassPipeline:
-    """
-    Raises:
-        ValueError: if the model does not load.
-    """
-    try:
-        pipe = BitDanceClassPipeline.from_pretrained(settings["model"], dtype=DTYPES[settings["dtype"]]).to(device)
-    except OSError as error:  # what Diffusers raises for a file that is not there
-        raise ValueError(f"`model` cannot be loaded: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    if settings["compile"]:
-        pipe.transformer.compile()
-    return pipe
-
-
 def draw(
     pipe: BitDanceClassPipeline,
     settings: dict[str, Any],
@@ -187,7 +172,10 @@ def sample(args: argparse.Namespace) -> None:
         prepare_folder(args.output_dir, settings)
     accelerator.wait_for_everyone()  # no picture is written before all have counted, and the settings are there
 
-    pipe = load_pipeline(settings, accelerator.device)
+    pipe = load_pipeline(settings["model"], settings["dtype"], str(accelerator.device), BitDanceClassPipeline)
+    pipe.set_progress_bar_config(disable=True)
+    if settings["compile"]:
+        pipe.transformer.compile()
     labels = make_labels(args.labels, args.num_images, pipe.transformer.config.num_classes, args.seed)
     start = time.perf_counter()
     with tqdm(

@@ -215,12 +215,12 @@ class ImageFolder(Dataset):
         if not folder.is_dir():
             raise ValueError(f"The folder of pictures {folder} does not exist.")
         if caption_column is None:
-            self.entries = [(path, "") for path in _find_images(folder)]
+            self.entries = [(path, "") for path in find_images(folder)]
         else:
             self.entries = list(_read_metadata(folder, caption_column))
         if not self.entries:
             raise ValueError(f"There are no pictures in {folder}.")
-        _check_images(path for path, _ in self.entries)
+        image_sizes(path for path, _ in self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -248,12 +248,12 @@ class ClassFolder(Dataset):
             raise ValueError(f"There are no classes in {folder}; each has to be a subfolder with its pictures.")
         ranked = []
         for label, name in enumerate(self.label_names):
-            paths = _find_images(folder / name)
+            paths = find_images(folder / name)
             if not paths:
                 raise ValueError(f"There are no pictures of the class {name!r} in {folder / name}.")
             ranked += [(rank, label, path) for rank, path in enumerate(paths)]
         self.entries = [(path, label) for _, label, path in sorted(ranked)]
-        _check_images(path for path, _ in self.entries)
+        image_sizes(path for path, _ in self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -263,14 +263,19 @@ class ClassFolder(Dataset):
         return {"image": read_image(path), "label": label}
 
 
-def _find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _check_images(paths: Iterable[Path]) -> None:
+def image_sizes(paths: Iterable[Path]) -> list[tuple[int, int]]:
+    """
+    (width, height) of pictures, each decoded to know that it can be.
+
+    Raises:
+        ValueError: if one is missing or does not decode, naming it.
+    """
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda path: read_image(path).size, paths):  # a size, so that no picture is kept
-            pass
+        return list(pool.map(lambda path: read_image(path).size, paths))
 
 
 def _read_metadata(folder: Path, caption_column: str) -> Iterator[tuple[Path, str]]:

@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from cached_codes import cache_codes
 from diffusers.training_utils import EMAModel
+from generate import DTYPES
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -33,7 +34,6 @@ from bitdance_diffusers.training.objective import RandomDraws
 from bitdance_diffusers.training.parameter_groups import hidden_matrices, parameter_groups
 
 logger = get_logger(__name__)
-SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Transformer = BitDanceTransformer | BitDanceClassTransformer
 Pipeline = BitDancePipeline | BitDanceClassPipeline
 
@@ -51,7 +51,7 @@ def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--transformer_config", type=Path, help="a config.json; train from scratch")
     model.add_argument("--vae_path", help="folder or repository of the BitDanceTokenizer")
     model.add_argument("--attention_backend", help="one of Diffusers' attention backends, such as _native_math")
-    model.add_argument("--save_dtype", choices=list(SAVE_DTYPES), default="float32", help="of the saved transformer")
+    model.add_argument("--save_dtype", choices=list(DTYPES), default="float32", help="of the saved transformer")
     model.add_argument(
         "--cache_codes", nargs="?", const=True, metavar="DIR",
         help="encode every picture once, and keep the codes in DIR, by default `codes` in --output_dir",
@@ -318,7 +318,7 @@ class TransformerTraining:
             if self.ema is not None:
                 self.ema.copy_to(copy.parameters())
         if self.args.save_dtype != "float32":
-            copy.to(SAVE_DTYPES[self.args.save_dtype])
+            copy.to(DTYPES[self.args.save_dtype])
         return copy.eval().requires_grad_(False)
 
     @torch.no_grad()

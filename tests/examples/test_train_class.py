@@ -1,56 +1,27 @@
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import train_class
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDanceClassTransformer
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws, class_to_image_loss
+from tests.examples.training_runs import (
+    ENVIRONMENT,
+    assert_equal_checkpoints,
+    assert_equal_states,
+    killed_in_a_checkpoint,
+    recorded,
+    reset_accelerator,
+)
 
-ROOT = Path(__file__).parents[2]
-# Ends the process without notice while checkpoint-4 is on its way to the disk.
-KILLED_IN_A_CHECKPOINT = """
-import os, signal, sys
-import train_class, training_utils
-flush = training_utils._flush
-def killed(path):
-    if ".checkpoint-4.partial" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    flush(path)
-training_utils._flush = killed
-train_class.main(train_class.parse_args(sys.argv[1:]))
-"""
-# Writes the gradients of the first step and the losses of all to a file of its own process.
-RECORDED = """
-import sys, torch
-import train_class, training_utils
-from accelerate import PartialState
-record = {"losses": []}
-check_finite = training_utils.check_finite
-def recorded(accelerator, name, value, step):
-    mean = check_finite(accelerator, name, value, step)
-    if name == "loss":
-        record["losses"].append(mean)
-    return mean
-def clip(accelerator, parameters, max_norm, step):
-    parameters = list(parameters)
-    record.setdefault("gradients", [p.grad.clone() for p in parameters])
-    accelerator.clip_grad_norm_(parameters, max_norm)
-training_utils.check_finite, training_utils.clip_gradients = recorded, clip
-train_class.main(train_class.parse_args(sys.argv[2:]))
-torch.save(record, f"{sys.argv[1]}-{PartialState().process_index}")
-"""
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
 CONFIG = {
     "num_classes": 3,
     "num_class_tokens": 4,
@@ -67,13 +38,6 @@ CONFIG = {
     "head_attention_head_dim": 16,
 }
 CLASSES = ("ant", "bee", "cat")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
@@ -119,8 +83,7 @@ def train(arguments, workplace):
     def train(output, **more):
         torch.rand(3)  # a run does not depend on the global random state that it finds
         train_class.main(train_class.parse_args(arguments(output, **more)))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerator()
         return workplace / output
 
     return train
@@ -129,22 +92,6 @@ def train(arguments, workplace):
 def weights(folder):
     files = (folder / "transformer").glob("*.safetensors")
     return {name: value for file in files for name, value in load_file(file).items()}
-
-
-def assert_equal_states(one, other):
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal_states(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal_states(a, b)
-    else:
-        assert one == other
 
 
 @pytest.mark.parametrize(
@@ -156,7 +103,7 @@ def assert_equal_states(one, other):
 )
 def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options):
     unbroken = train("unbroken", **options)
-    command = [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, *arguments("killed", **options)]
+    command = [sys.executable, "-c", killed_in_a_checkpoint("train_class"), *arguments("killed", **options)]
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -167,11 +114,7 @@ def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options
     assert {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")} == before
 
     assert_equal_states(weights(unbroken), weights(resumed))
-    for path in (unbroken / "checkpoint-6").iterdir():
-        if path.name.startswith("optimizer"):
-            assert_equal_states(torch.load(path), torch.load(resumed / "checkpoint-6" / path.name))
-        elif path.suffix == ".safetensors":
-            assert_equal_states(load_file(path), load_file(resumed / "checkpoint-6" / path.name))
+    assert_equal_checkpoints(unbroken / "checkpoint-6", resumed / "checkpoint-6")
     assert [p.name for p in sorted(resumed.glob(".*"))] == []
 
 
@@ -186,9 +129,9 @@ def test_two_processes_equal_one(workplace, arguments):
         environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return torch.load(f"{workplace / name}-0")
+        return torch.load(f"{workplace / name}-0", weights_only=True)
 
-    (workplace / "recorded.py").write_text(RECORDED, encoding="utf-8")
+    (workplace / "recorded.py").write_text(recorded("train_class"), encoding="utf-8")
     one, two = record("one", 8, 1), record("two", 4, 2)
     assert any(gradient.abs().max() > 0 for gradient in one["gradients"])
     for a, b in zip(one["gradients"], two["gradients"], strict=True):

@@ -1,21 +1,24 @@
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import train_tokenizer
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
 from bitdance_diffusers import BitDanceTokenizer
+from tests.examples.training_runs import (
+    ENVIRONMENT,
+    assert_equal_checkpoints,
+    assert_equal_states,
+    killed_in_a_checkpoint,
+    reset_accelerator,
+)
 
-ROOT = Path(__file__).parents[2]
 CONFIG = {
     "latent_channels": 8,
     "block_out_channels": [8, 16],
@@ -23,25 +26,6 @@ CONFIG = {
     "norm_num_groups": 4,
     "patch_size": 2,
 }
-# Ends the process without notice while checkpoint-4 is on its way to the disk.
-KILLED_IN_A_CHECKPOINT = """
-import os, signal, sys
-import train_tokenizer, training_utils
-flush = training_utils._flush
-def killed(path):
-    if ".checkpoint-4.partial" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    flush(path)
-training_utils._flush = killed
-train_tokenizer.main(train_tokenizer.parse_args(sys.argv[1:]))
-"""
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
@@ -81,25 +65,8 @@ def arguments(workplace, output, **more):
 def train(workplace, output, **more):
     torch.rand(3)  # a run does not depend on the global random state that it finds
     train_tokenizer.main(train_tokenizer.parse_args(arguments(workplace, output, **more)))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerator()
     return workplace / output
-
-
-def assert_equal_states(one, other):
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal_states(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal_states(a, b)
-    else:
-        assert one == other
 
 
 @pytest.mark.parametrize(
@@ -117,12 +84,13 @@ def assert_equal_states(one, other):
 )
 def test_killed_and_resumed_equals_unbroken(workplace, options):
     unbroken = train(workplace, "unbroken", **options)
-    command = [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, *arguments(workplace, "killed", **options)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    command = [
+        sys.executable,
+        "-c",
+        killed_in_a_checkpoint("train_tokenizer"),
+        *arguments(workplace, "killed", **options),
+    ]
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = workplace / "killed"
@@ -133,11 +101,7 @@ def test_killed_and_resumed_equals_unbroken(workplace, options):
 
     for file in ("diffusion_pytorch_model.safetensors", "checkpoint-6/model.safetensors"):
         assert_equal_states(load_file(unbroken / file), load_file(resumed / file))
-    for path in (unbroken / "checkpoint-6").iterdir():
-        if path.name.startswith("optimizer"):
-            assert_equal_states(torch.load(path), torch.load(resumed / "checkpoint-6" / path.name))
-        elif path.suffix == ".safetensors":
-            assert_equal_states(load_file(path), load_file(resumed / "checkpoint-6" / path.name))
+    assert_equal_checkpoints(unbroken / "checkpoint-6", resumed / "checkpoint-6")
     assert [p.name for p in sorted(resumed.glob(".*"))] == []
 
 
