@@ -68,6 +68,38 @@ def draw_noisy_code(
     return NoisyCode(scheduler.add_noise(target, noise, timestep), timestep, target)
 
 
+@dataclass
+class TeacherForcing:
+    """
+    A batch of pictures as a transformer is trained on them.
+
+    Args:
+        fed_back (B, M - 1, P, C): the patches but the last, with flipped bits.
+        positions (M, P, 2): (row, column) of all tokens.
+        noisy ([`NoisyCode`]): what the head learns from.
+    """
+
+    fed_back: torch.Tensor
+    positions: torch.Tensor
+    noisy: NoisyCode
+
+
+def draw_teacher_forcing(
+    scheduler: BinaryDiffusionScheduler,
+    code: torch.Tensor,
+    patch_size: int,
+    draws: RandomDraws,
+    bit_flip_probability: float,
+    num_draws: int,
+) -> TeacherForcing:
+    """For clean codes (B, C, h, w); draws, in this order, flips, times and noise."""
+    patches = grid_to_patches(code, patch_size)  # (B, M, P, C)
+    # The last patch is never fed back; it is flipped all the same, so that the draws do not depend on that.
+    fed_back = flip_bits(patches, bit_flip_probability, draws)[:, :-1]
+    positions = patch_positions(*code.shape[-2:], patch_size, device=code.device)
+    return TeacherForcing(fed_back, positions, draw_noisy_code(scheduler, patches, draws, num_draws))
+
+
 def diffusion_loss(
     scheduler: BinaryDiffusionScheduler, prediction: torch.Tensor, target: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
@@ -91,7 +123,7 @@ def flip_bits(code: torch.Tensor, max_probability: float, draws: RandomDraws) ->
 
 
 def choose_dropped(batch_size: int, probability: float, draws: RandomDraws) -> torch.Tensor:
-    """(B,) bool, on the CPU: the rows whose prompt gives way to the unconditional frame."""
+    """(B,) bool, on the CPU: the rows whose prompt or label gives way to the unconditional one."""
     return draws.draw(torch.rand, (batch_size,)) < probability
 
 
@@ -147,19 +179,16 @@ def text_to_image_loss(
         text_loss_weight (`float`): above 0 the transformer needs its `lm_head` (`use_lm_head`). The original's is
             0.01.
     """
-    patches = grid_to_patches(code, patch_size)  # (B, M, P, C)
-    positions = patch_positions(*code.shape[-2:], patch_size, device=code.device)
-    # The last patch is never fed back; it is flipped all the same, so that the draws do not depend on that.
-    fed_back = flip_bits(patches, bit_flip_probability, draws)[:, :-1]
-    noisy = draw_noisy_code(scheduler, patches, draws, diff_batch_mul)
+    batch = draw_teacher_forcing(scheduler, code, patch_size, draws, bit_flip_probability, diff_batch_mul)
+    noisy = batch.noisy
     output = transformer(
         noisy_code=noisy.noisy_code,
         timestep=noisy.timestep,
         input_ids=input_ids,
         attention_mask=attention_mask,
-        code=fed_back,
-        code_positions=positions[:-1],
-        condition_positions=positions,
+        code=batch.fed_back,
+        code_positions=batch.positions[:-1],
+        condition_positions=batch.positions,
     )
     vision = diffusion_loss(scheduler, output.sample, noisy.target, noisy.timestep).mean()
     if text_loss_weight == 0:
@@ -190,17 +219,14 @@ def class_to_image_loss(
         bit_flip_probability (`float`): most that a fed-back bit is flipped with.
         diff_batch_mul (`int`): draws of noise per patch.
     """
-    patches = grid_to_patches(code, patch_size)  # (B, M, P, C)
-    num_patches, patch_tokens = patches.shape[1:3]
-    # The last patch is never fed back; it is flipped all the same, so that the draws do not depend on that.
-    fed_back = flip_bits(patches, bit_flip_probability, draws)[:, :-1]
-    noisy = draw_noisy_code(scheduler, patches, draws, diff_batch_mul)
+    batch = draw_teacher_forcing(scheduler, code, patch_size, draws, bit_flip_probability, diff_batch_mul)
+    noisy, (num_patches, patch_tokens) = batch.noisy, batch.positions.shape[:2]
     sample = transformer(
         noisy_code=noisy.noisy_code,
         timestep=noisy.timestep,
         class_labels=class_labels,
-        code=fed_back,
-        code_positions=patch_positions(*code.shape[-2:], patch_size, device=code.device)[:-1],
+        code=batch.fed_back,
+        code_positions=batch.positions[:-1],
         condition_indices=torch.arange(num_patches * patch_tokens, device=code.device).view(num_patches, -1),
     ).sample
     return diffusion_loss(scheduler, sample, noisy.target, noisy.timestep).mean()
