@@ -11,7 +11,11 @@ without a judge. The six categories are those of GenEval (Ghosh et al., 2023, ar
     color_attr      a red star and a blue car
 
 What a prompt does not name is drawn at random. A fifth of the prompts of every category but the first is held out of
-training (`is_held_out`). `icons_world.json` holds the constants. The artwork is Font Awesome Free Solid 6.6.0 (font:
+training (`is_held_out`). Training may draw prompts of one more kind, which nothing is scored on (`IconWorld.mix`):
+
+    mixed           two red stars and a car and a blue key
+
+`icons_world.json` holds the constants. The artwork is Font Awesome Free Solid 6.6.0 (font:
 SIL OFL 1.1, icons: CC BY 4.0), read from the package `fontawesomefree`.
 
     python examples/icons.py --output_dir icons --num_pictures 1000
@@ -39,6 +43,10 @@ from scipy import ndimage
 from torch.utils.data import Dataset
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+MIXED = "mixed"
+TRAINING_CATEGORIES = (*CATEGORIES, MIXED)
+MIXED_COUNTS = ((1, 1, 1), (1, 2), (1, 1, 1, 1), (1, 1, 2), (2, 2), (1, 3))  # icons of each shape
+MIXED_COLOR_SHARE = 0.75  # of the shapes in a mixed prompt have their color named
 
 # Drawing. The centres of a "position" picture, in pixels along the named axis and across it.
 MIN_CENTER_DISTANCE_ALONG = 16
@@ -56,7 +64,8 @@ CENTER_TOLERANCE_PX = 1  # a found box may be half a pixel off on either side of
 
 @dataclass(frozen=True)
 class IconPrompt:
-    """A prompt, taken apart: `icons` are (shape, color or None) in the prompt's order."""
+    """A prompt, taken apart: `icons` are (shape, color or None) in the prompt's order. Those of one shape share their
+    color."""
 
     text: str
     category: str
@@ -181,29 +190,51 @@ class IconWorld:
 
         Args:
             rng: the source of randomness.
-            category_weights: how often each category is drawn, relative to the others; 1 for those not named.
+            category_weights: how often each category is drawn, relative to the others; for those not named 1, and 0
+                for `"mixed"`.
 
         Raises:
             ValueError: for an unknown category, a negative or infinite weight, or weights that are all 0.
         """
-        category = CATEGORIES[rng.choice(len(CATEGORIES), p=category_probabilities(category_weights))]
+        category = TRAINING_CATEGORIES[
+            rng.choice(len(TRAINING_CATEGORIES), p=category_probabilities(category_weights))
+        ]
+        if category == MIXED:
+            return self.mix(rng)
         prompts = self.training_prompts[category]
         return prompts[rng.integers(len(prompts))]
+
+    def mix(self, rng: np.random.Generator) -> IconPrompt:
+        """Draw a prompt for three or four icons of at least two shapes, some with their color.
+
+        No picture of it shows what a prompt of the categories asks for, held out or not: only `counting` has three
+        icons or more, and they are of one shape.
+        """
+        counts = rng.permutation(MIXED_COUNTS[rng.integers(len(MIXED_COUNTS))]).tolist()
+        shapes = rng.choice(list(self.shapes), len(counts), replace=False).tolist()
+        colors = [
+            str(rng.choice(list(self.colors))) if rng.random() < MIXED_COLOR_SHARE else None
+            for _ in range(len(counts))
+        ]
+        groups = list(zip(shapes, colors, counts, strict=True))
+        icons = tuple((shape, color) for shape, color, count in groups for _ in range(count))
+        return IconPrompt(" and ".join(self._phrase(*group) for group in groups), MIXED, icons)
 
     @cached_property
     def _prompts_by_text(self) -> dict[str, IconPrompt]:
         return {prompt.text: prompt for prompts in self.prompts.values() for prompt in prompts}
 
-    def _enumerate(self) -> Iterator[IconPrompt]:
-        def phrase(shape: str, color: str | None = None) -> str:
-            if color is None:
-                return f"a {shape}"
-            return f"{'an' if color == 'orange' else 'a'} {color} {shape}"
+    def _phrase(self, shape: str, color: str | None = None, number: int = 1) -> str:
+        article = "an" if color == "orange" else "a"
+        words = (article, color, shape) if number == 1 else (self.counts[number], color, self.shapes[shape])
+        return " ".join(word for word in words if word is not None)
 
-        for shape, plural in self.shapes.items():
+    def _enumerate(self) -> Iterator[IconPrompt]:
+        phrase = self._phrase
+        for shape in self.shapes:
             yield IconPrompt(phrase(shape), "single_object", ((shape, None),))
-            for number, word in self.counts.items():
-                yield IconPrompt(f"{word} {plural}", "counting", ((shape, None),) * number)
+            for number in self.counts:
+                yield IconPrompt(phrase(shape, None, number), "counting", ((shape, None),) * number)
             for color in self.colors:
                 yield IconPrompt(phrase(shape, color), "colors", ((shape, color),))
         for first, second in permutations(self.shapes, 2):
@@ -226,11 +257,12 @@ class IconWorld:
         return self.draw_scene(prompt, rng)[0]
 
     def draw_scene(
-        self, prompt: str, rng: np.random.Generator, smaller: bool = False
+        self, prompt: str | IconPrompt, rng: np.random.Generator, smaller: bool = False
     ) -> tuple[Image.Image, tuple[DrawnIcon, ...]]:
         """Draw a picture of the prompt, and say what was drawn where.
 
         Args:
+            prompt: one of the world's, or what `sample_prompt` drew.
             smaller: the icons are as large as in a picture of as many or more, evenly among these numbers. The world
                 proper draws each number of icons in one size, and holds out prompts whose icons a model then never
                 sees in theirs.
@@ -238,15 +270,13 @@ class IconWorld:
         Raises:
             ValueError: if the prompt is not one of the world's.
         """
-        parsed = self.parse(prompt)
+        parsed = self.parse(prompt) if isinstance(prompt, str) else prompt
         size_of = len(parsed.icons)
         if smaller:
             size_of = int(rng.integers(size_of, max(self.longest_side_px), endpoint=True))
         names = list(self.colors)
-        if parsed.category == "counting":
-            colors = [names[rng.integers(len(names))]] * len(parsed.icons)
-        else:
-            colors = [color or names[rng.integers(len(names))] for _, color in parsed.icons]
+        color_of = {shape: color or names[rng.integers(len(names))] for shape, color in dict.fromkeys(parsed.icons)}
+        colors = [color_of[shape] for shape, _ in parsed.icons]
 
         patches = [
             self._patches[shape, size_of, color] for (shape, _), color in zip(parsed.icons, colors, strict=True)
@@ -395,7 +425,7 @@ class IconDataset(Dataset):
     Args:
         num_pictures: the length.
         seed: two seeds give different pictures.
-        category_weights: how often each category is drawn, relative to the others; 1 for those not named.
+        category_weights: see `IconWorld.sample_prompt`.
         smaller_share: in [0, 1], the share of pictures whose icons are drawn `smaller` (`IconWorld.draw_scene`).
 
     An item is `{"image": PIL RGB 64x64, "text": prompt}`.
@@ -432,26 +462,28 @@ class IconDataset(Dataset):
         if not 0 <= index < self.num_pictures:
             raise IndexError(f"index {index} is outside of 0..{self.num_pictures - 1}")
         rng = np.random.default_rng((self.seed, index))
-        prompt = self.world.sample_prompt(rng, self.category_weights).text
+        prompt = self.world.sample_prompt(rng, self.category_weights)
         smaller = self.smaller_share > 0 and rng.random() < self.smaller_share
-        return {"image": self.world.draw_scene(prompt, rng, smaller)[0], "text": prompt}
+        return {"image": self.world.draw_scene(prompt, rng, smaller)[0], "text": prompt.text}
 
 
 def category_probabilities(category_weights: Mapping[str, float] | None) -> np.ndarray:
-    """float64 (6,): how likely each of `CATEGORIES` is drawn; a category without a weight has 1.
+    """float64 (7,): how likely each of `TRAINING_CATEGORIES` is drawn. Without a weight `"mixed"` has 0, any other 1.
 
     Raises:
         ValueError: for an unknown category, a negative or infinite weight, or weights that are all 0.
     """
     category_weights = category_weights or {}
     for category, weight in category_weights.items():
-        if category not in CATEGORIES:
-            raise ValueError(f"`category_weights` names {category!r}; the categories are {', '.join(CATEGORIES)}.")
+        if category not in TRAINING_CATEGORIES:
+            raise ValueError(
+                f"`category_weights` names {category!r}; the categories are {', '.join(TRAINING_CATEGORIES)}."
+            )
         if not 0 <= weight < float("inf"):
             raise ValueError(
                 f"`category_weights` gives {category} {weight}; a weight has to be at least 0 and finite."
             )
-    weights = np.array([category_weights.get(category, 1.0) for category in CATEGORIES])
+    weights = np.array([category_weights.get(name, 0.0 if name == MIXED else 1.0) for name in TRAINING_CATEGORIES])
     if not weights.any():
         raise ValueError("`category_weights` has to give at least one category more than 0.")
     return weights / weights.sum()

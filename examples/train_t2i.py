@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import torch
 import training_utils
-from icons import CATEGORIES
+from icons import TRAINING_CATEGORIES
 from transformer_training import (
     TransformerTraining,
     add_transformer_arguments,
@@ -79,7 +79,8 @@ def parse_icon_weight(entry: str) -> tuple[str, float]:
         return category, float(weight)
     except ValueError:
         raise ValueError(
-            f"--icon_weights takes CATEGORY=WEIGHT, with a category of {', '.join(CATEGORIES)}, not {entry!r}."
+            f"--icon_weights takes CATEGORY=WEIGHT, with a category of {', '.join(TRAINING_CATEGORIES)}, "
+            f"not {entry!r}."
         ) from None
 
 

@@ -119,6 +119,34 @@ def test_sampling_follows_the_weights_and_never_meets_a_held_out_prompt(world):
         assert abs(counts[category] - expected) < 5 * expected**0.5
 
 
+def test_mixed_prompts_are_drawn_on_request_and_show_nothing_that_another_prompt_asks_for(world):
+    rng = np.random.default_rng(0)
+    weights = dict.fromkeys(CATEGORIES, 0) | {"mixed": 1}
+    seen = Counter()
+    for _ in range(600):
+        prompt = world.sample_prompt(rng, weights)
+        assert prompt.category == "mixed"
+        with pytest.raises(ValueError, match="one of the icon world"):
+            world.parse(prompt.text)
+        icons = world.draw_scene(prompt, rng)[1]
+        shapes = Counter(icon.shape for icon in icons)
+        assert 3 <= len(icons) <= 4 and len(shapes) >= 2
+        assert len({(icon.shape, icon.color) for icon in icons}) == len(shapes)  # one color a shape
+        # The text says what is drawn, and what it does not say is drawn at random
+        phrases = []
+        for shape, number in shapes.items():
+            color = next(color for other, color in prompt.icons if other == shape)
+            assert color in (None, *(icon.color for icon in icons if icon.shape == shape))
+            seen[number, color is None] += 1
+            words = ["a", "an", *world.counts.values(), color or "", shape, world.shapes[shape]]
+            phrases.append(next(one for one in prompt.text.split(" and ") if set(one.split()) <= set(words)))
+            assert phrases[-1].split()[0] == (
+                world.counts[number] if number > 1 else "an" if color == "orange" else "a"
+            )
+        assert sorted(phrases) == sorted(prompt.text.split(" and "))
+    assert {number for number, _ in seen} == {1, 2, 3} and min(seen.values()) > 10
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
