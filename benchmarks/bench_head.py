@@ -1,4 +1,4 @@
-"""Time of one evaluation of the diffusion head: eager, compiled, and its bare matrix products.
+"""Time of one evaluation of the diffusion head, its modulations given: eager, compiled, and its bare matrix products.
 
     python benchmarks/bench_head.py --preset small --rows 2 16
     python benchmarks/bench_head.py --preset 14b-64x --device cuda --rows 2 16
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformer = random_pipeline({**config, "num_layers": 1}, device, dtype).transformer
     if args.attention_backend is not None:
         transformer.set_attention_backend(args.attention_backend)
-    width, bits = transformer.config.head_hidden_size, transformer.config.in_channels
+    bits = transformer.config.in_channels
     patch_tokens = transformer.config.patch_size**2
     torch._inductor.config.freezing = device.type == "cpu"  # constant, prepacked weights
     machine = find_machine(device, dtype)
@@ -76,10 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
     for num_rows in args.rows:
         torch._dynamo.reset()  # static shapes, in which weights can be prepacked
         compiled = torch.compile(transformer, mode=args.compile, dynamic=False)
+        condition = torch.randn(num_rows, patch_tokens, transformer.config.hidden_size, device=device, dtype=dtype)
+        modulations = transformer(condition=condition, timestep=torch.full((1,), 0.3, device=device)).modulations
         call = {
             "noisy_code": torch.randn(num_rows, patch_tokens, bits, device=device),
-            "timestep_embeds": torch.randn(width, device=device, dtype=dtype),
-            "condition_embeds": torch.randn(num_rows, patch_tokens, width, device=device, dtype=dtype),
+            "modulations": tuple(chunk[0] for chunk in modulations),
         }
         products = matrix_products(transformer, call)
 

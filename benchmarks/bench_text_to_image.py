@@ -15,14 +15,15 @@ Every variant is run in turn, and the median of its runs counts:
 
 - `pipeline`: `BitDancePipeline` with `output_type="latent"`.
 - `bare forwards`: what the pipeline's call asked of the transformer (the text, a decoder pass for every patch but the
-  last, all evaluations of the head) again, with the same tensors and nothing in between.
-- `compiled ...`: both with `torch.compile(transformer)`; on a CPU inductor freezes and prepacks the weights.
+  last, all modulations and evaluations of the head) again, with the same tensors and nothing in between.
+- `compiled ...`: both with `torch.compile(transformer)`; on a CPU with `CPU_OPTIONS` below.
 - `plain loop`: the same prompts and weights by plain_loop.py, always with the first solver and --against_steps.
 
 `roofline` is the least time that operations and bytes take on this machine (roofline.py), divided by the time.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -39,6 +40,15 @@ from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.models.block_causal_decoder import StaticKVCache
 from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
+# What makes torch.compile fast on a CPU: constant, prepacked weights; the faster of two kernels for each product; calls
+# from C++; and no check at every call that no module has changed.
+CPU_OPTIONS = {
+    "freezing": True,
+    "max_autotune": True,
+    "cpp_wrapper": True,
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+}
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,8 +64,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=7.5)
     parser.add_argument("--solver_type", choices=SOLVERS, default="euler_maruyama")
     parser.add_argument(
-        "--compile", nargs="?", const="default", metavar="MODE", help="also compiled, in a mode of torch.compile"
-    )
+        "--compile", nargs="?", const="default", metavar="MODE",
+        help="also compiled, in a mode of torch.compile (a CPU has one way, with frozen weights)",
+    )  # fmt: skip
     parser.add_argument("--attention_backend", help="one of Diffusers' attention backends")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, else bfloat16")
@@ -75,8 +86,8 @@ def compiled_pipeline(pipeline: BitDancePipeline, mode: str) -> BitDancePipeline
     """A second pipeline with the same weights, whose transformer is compiled at its first call."""
     compiled = BitDancePipeline(**pipeline.components)
     compiled.set_progress_bar_config(disable=True)
-    torch._inductor.config.freezing = pipeline.device.type == "cpu"  # constant, prepacked weights
-    compiled.transformer = torch.compile(pipeline.transformer, mode=mode)
+    how = {"options": CPU_OPTIONS} if pipeline.device.type == "cpu" else {"mode": mode}
+    compiled.transformer = torch.compile(pipeline.transformer, **how)
     return compiled
 
 
@@ -94,6 +105,7 @@ class RecordedForwards:
         cache = kwargs.get("kv_cache")
         if cache is not None:
             self.kv_cache = cache
+        kwargs = {name: value for name, value in kwargs.items() if name != "modulations"}  # large: formed anew
         # What `StaticKVCache.extend` prepared for this call.
         slots = ("position_ids", "write_slots", "read_slots")
         self.calls.append((kwargs, {} if cache is None else {name: getattr(cache, name) for name in slots}))
@@ -103,10 +115,18 @@ class RecordedForwards:
 
     @torch.no_grad()
     def replay(self, transformer: Callable[..., Any]) -> None:
+        modulations = iter(())
         for kwargs, slots in self.calls:
             for name, value in slots.items():
                 setattr(self.kv_cache, name, value)
-            transformer(**kwargs)
+            if "noisy_code" in kwargs:
+                transformer(**kwargs, modulations=next(modulations))
+                continue
+            output = transformer(**kwargs)
+            if "timestep" in kwargs:
+                # The next replay of a CUDA graph overwrites what this one returned
+                chunks = [chunk.clone() if chunk.is_cuda else chunk for chunk in output[0]]
+                modulations = itertools.chain(modulations, zip(*chunks, strict=True))
 
     @property
     def text_lengths(self) -> list[int]:

@@ -12,10 +12,13 @@ R is rows (patches denoised side by side), P = patch_size^2 tokens a patch.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from bitdance_diffusers.models.binary_diffusion_head import TIMESTEP_FEATURES
+from bitdance_diffusers.pipelines.patchwise import MODULATED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -50,38 +53,49 @@ class Work:
 
 
 def head_evaluation(config: Mapping[str, Any], rows: int, element_size: int) -> Work:
-    """One evaluation of the head for `rows` patches, condition and time already projected."""
+    """One evaluation of the head for `rows` patches, its modulations already formed."""
     width, layers, bits = config["head_hidden_size"], config["head_num_layers"], config["in_channels"]
     tokens, patch_tokens = rows * config["patch_size"] ** 2, config["patch_size"] ** 2
     hidden = int(1.5 * width)
     feed_forward = (3 if config["head_use_swiglu"] else 2) * hidden * width
-    modulations = config["head_num_modulations"] * 6 * width**2
-    weights = modulations + layers * (4 * width**2 + feed_forward) + 2 * width**2 + 2 * bits * width
+    weights = layers * (4 * width**2 + feed_forward) + 2 * bits * width
     attention = 4 * patch_tokens * width * layers  # of a token: scores, and the weighted sum of values
-    moved = weights + tokens * (width + 2 * bits)  # the projected condition; noisy bits and prediction
+    moved = weights + tokens * (_modulation_channels(config) + 2 * bits)  # noisy bits and prediction
     return Work(tokens * (2 * weights + attention), moved * element_size)
+
+
+def head_modulations(config: Mapping[str, Any], rows: int, num_evaluations: int, element_size: int) -> Work:
+    """The modulations of `num_evaluations` evaluations of the head for `rows` patches, formed in one go."""
+    width, dim, tokens = config["head_hidden_size"], config["hidden_size"], rows * config["patch_size"] ** 2
+    channels = _modulation_channels(config)
+    time_embed = TIMESTEP_FEATURES * width + width**2
+    weights = dim * width + time_embed + channels * width
+    flops = 2 * (num_evaluations * (tokens * channels * width + time_embed) + tokens * dim * width)
+    return Work(flops, (weights + tokens * (num_evaluations * channels + dim)) * element_size)
+
+
+def _modulation_channels(config: Mapping[str, Any]) -> int:
+    """Of all modulation layers and of the last norm, for a token."""
+    return (6 * config["head_num_modulations"] + 2) * config["head_hidden_size"]
 
 
 def decoder_pass(
     config: Mapping[str, Any], rows: int, num_new: int, num_visible: float, element_size: int, fed_back: bool = True
 ) -> Work:
     """
-    One pass of `num_new` tokens of every row through the decoder, with the head's projection of the last block as its
-    condition. Every new token attends to `num_visible` tokens, the new ones among them. `fed_back` patches also go
-    through the projector; a text does not. `num_visible` may be a mean.
+    One pass of `num_new` tokens of every row through the decoder. Every new token attends to `num_visible` tokens, the
+    new ones among them; it may be a mean. `fed_back` patches also go through the projector; a text does not.
     """
-    dim, bits, patch_tokens = config["hidden_size"], config["in_channels"], config["patch_size"] ** 2
+    dim, bits = config["hidden_size"], config["in_channels"]
     queries = config["num_attention_heads"] * config["attention_head_dim"]
     keys = config["num_key_value_heads"] * config["attention_head_dim"]
     layers, tokens = config["num_layers"], rows * num_new
     layer = 2 * dim * queries + 2 * dim * keys + 3 * dim * config["intermediate_size"]
     projector = bits * dim + dim**2 if fed_back else 0
-    condition = dim * config["head_hidden_size"]
     flops = tokens * (2 * layers * layer + 2 * projector + 4 * num_visible * queries * layers)
-    flops += 2 * rows * patch_tokens * condition
     cache = 2 * rows * (num_visible + num_new) * keys * layers  # read and written
     inputs = bits if fed_back else dim
-    moved = layers * layer + projector + condition + cache + tokens * inputs
+    moved = layers * layer + projector + cache + tokens * inputs
     return Work(flops, moved * element_size)
 
 
@@ -93,7 +107,7 @@ def picture(
     element_size: int,
 ) -> dict[str, list[Work]]:
     """
-    All forwards of a batch: `text` (the prefill), `feedback` (the decoder passes after it) and `head`.
+    All forwards of a batch: `text` (the prefill), `feedback` (the decoder passes after it), `modulations` and `head`.
 
     `text_lengths` has the tokens in front of the picture for every row, conditional and unconditional ones, the block
     of `<|res_w|>` and queries included. The text of a row is counted as causal, that is half of the square.
@@ -105,11 +119,15 @@ def picture(
     for i in range(1, num_patches):
         visible = sum(text_lengths) / rows + i * patch_tokens
         feedback.append(decoder_pass(config, rows, patch_tokens, visible, element_size))
+    at_once = max(1, MODULATED_TOKENS // (rows * patch_tokens))
+    num_modulations = [min(at_once, num_evaluations - i) for i in range(0, num_evaluations, at_once)]
+    modulations = [head_modulations(config, rows, number, element_size) for number in num_modulations]
     head = head_evaluation(config, rows, element_size)
     return {
         "text": [text],
         "feedback": feedback,
-        "head": [Work(head.flops, head.bytes, num_patches * num_evaluations)],
+        "modulations": [replace(work, count=num_patches) for work in modulations],
+        "head": [replace(head, count=num_patches * num_evaluations)],
     }
 
 

@@ -3,12 +3,12 @@
 Shapes: B pictures, P tokens a patch, C bits a token, n steps (n + 1 evaluations of the head).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .schedulers.scheduling_binary_diffusion import update_sample
+from .schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler, update_sample
 
 
 def draw_patch_noise(
@@ -27,37 +27,40 @@ def draw_patch_noise(
 
 
 def denoise_patch(
-    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    predict: Callable[[torch.Tensor, tuple[torch.Tensor, ...]], torch.Tensor],
+    modulations: Iterable[tuple[torch.Tensor, ...]],
     noise: torch.Tensor,
-    timestep_embeds: torch.Tensor,
-    step_coefficients: torch.Tensor,
+    scheduler: BinaryDiffusionScheduler,
     guidance_scale: float | None,
 ) -> torch.Tensor:
     """
     Denoise one patch of every picture.
 
     Args:
-        predict: `(noisy bits (R, P, C), timestep embedding (G,)) -> predicted clean bits (R, P, C)`; R is B, or 2 B
-            with guidance: the conditional rows first. Both halves get the same noisy bits. A later call may overwrite
-            what an earlier one returned, as CUDA graphs do.
-        noise (n + 1, B, P, C): what [`draw_patch_noise`] drew.
-        timestep_embeds (n + 1, G): the times of the evaluations as the head projects them.
-        step_coefficients (n, 4): [`BinaryDiffusionScheduler.step_coefficients`].
+        predict: `(noisy bits (R, P, C), modulations) -> predicted clean bits (R, P, C)`; R is B, or 2 B with guidance:
+            the conditional rows first. Both halves get the same noisy bits. A later call may overwrite what an earlier
+            one returned, as CUDA graphs do.
+        modulations (n + 1 of them): what the head makes of the condition and the time of each evaluation.
+        noise (n + 1, B, P, C): what [`draw_patch_noise`] drew. It is overwritten.
+        scheduler: prepared for n steps.
         guidance_scale: weight of the conditional prediction; None where only conditional rows run. Guiding predictions
             of the clean code equals guiding velocities, since both halves share the noisy bits.
 
     Returns:
         (B, P, C) float32: the last (guided) prediction, whose signs are the bits.
     """
+    coefficients = scheduler.step_coefficients
+    noise[1:] *= coefficients[:, -1, None, None, None]
     sample = noise[0]
     previous = None
-    for i in range(len(timestep_embeds)):
+    for i, modulation in enumerate(modulations):
         if guidance_scale is None:
-            prediction = predict(sample, timestep_embeds[i]).to(torch.float32, copy=True)
+            prediction = predict(sample, modulation).to(torch.float32, copy=True)
         else:
-            conditional, unconditional = predict(torch.cat([sample, sample]), timestep_embeds[i]).float().chunk(2)
-            prediction = unconditional + guidance_scale * (conditional - unconditional)
-        if i < len(step_coefficients):
-            sample = update_sample(sample, prediction, previous, noise[i + 1], step_coefficients[i])
-            previous = prediction
+            conditional, unconditional = predict(torch.cat([sample, sample]), modulation).float().chunk(2)
+            prediction = torch.add(unconditional, conditional - unconditional, alpha=guidance_scale)
+        if i < len(coefficients):
+            sample = update_sample(sample, prediction, previous, noise[i + 1], coefficients[i])
+            if scheduler.uses_previous_prediction:
+                previous = prediction
     return prediction

@@ -29,11 +29,6 @@ def timestep_features(timestep: torch.Tensor) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`hidden_states * (1 + scale) + shift` in two operators: a small head is bound by launching them."""
-    return torch.addcmul(shift, hidden_states, 1 + scale)
-
-
 class BinaryDiffusionHeadAttnProcessor:
     _attention_backend = None
     _parallel_config = None
@@ -84,7 +79,10 @@ class FeedForward(nn.Module):
 
 
 class BinaryDiffusionHeadBlock(nn.Module):
-    """Attention and feed-forward, each modulated and gated: six chunks of the modulation, (R, P, 6 G)."""
+    """Attention and feed-forward, each modulated and gated: six chunks of a modulation, each (R, P, G).
+
+    `addcmul` is a product and a sum in one operator: a small head is bound by launching them.
+    """
 
     num_modulation_chunks = 6
 
@@ -95,15 +93,24 @@ class BinaryDiffusionHeadBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.ff = FeedForward(dim, dim, use_swiglu)
 
-    def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
-        attended = self.attn(modulate(self.norm1(hidden_states), scale1, shift1))
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        scale1: torch.Tensor,
+        shift1: torch.Tensor,
+        gate1: torch.Tensor,
+        scale2: torch.Tensor,
+        shift2: torch.Tensor,
+        gate2: torch.Tensor,
+    ) -> torch.Tensor:
+        attended = self.attn(torch.addcmul(shift1, self.norm1(hidden_states), scale1))
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
-        return torch.addcmul(hidden_states, gate2, self.ff(modulate(self.norm2(hidden_states), scale2, shift2)))
+        fed_forward = self.ff(torch.addcmul(shift2, self.norm2(hidden_states), scale2))
+        return torch.addcmul(hidden_states, gate2, fed_forward)
 
 
 class BinaryDiffusionHeadMLPBlock(nn.Module):
-    """A feed-forward layer, modulated and gated: three chunks of the modulation, (R, P, 3 G); no attention."""
+    """A feed-forward layer, modulated and gated: three chunks of a modulation, each (R, P, G); no attention."""
 
     num_modulation_chunks = 3
 
@@ -112,22 +119,22 @@ class BinaryDiffusionHeadMLPBlock(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.ff = FeedForward(dim, dim, use_swiglu)
 
-    def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        scale, shift, gate = modulation.chunk(3, dim=-1)
-        return torch.addcmul(hidden_states, gate, self.ff(modulate(self.norm(hidden_states), scale, shift)))
+    def forward(
+        self, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.addcmul(hidden_states, gate, self.ff(torch.addcmul(shift, self.norm(hidden_states), scale)))
 
 
 class BinaryDiffusionHeadNormOut(nn.Module):
-    """The last, adaptive layer norm."""
+    """The last, adaptive layer norm: two chunks of a modulation, each (R, P, G), which `linear` makes."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
-    def forward(self, hidden_states: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.linear(embeds).chunk(2, dim=-1)
-        return modulate(self.norm(hidden_states), scale, shift)
+    def forward(self, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(shift, self.norm(hidden_states), scale)
 
 
 class BinaryDiffusionHead(nn.Module):
@@ -178,38 +185,46 @@ class BinaryDiffusionHead(nn.Module):
         hidden_states: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
         condition: torch.Tensor | None = None,
-        timestep_embeds: torch.Tensor | None = None,
-        condition_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor | None, torch.Tensor]:
+        modulations: tuple[torch.Tensor, ...] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """
         Args:
             hidden_states (R, P, C): noisy bits, any float dtype. Without them nothing is predicted: the call returns
-                `(timestep_embeds, condition_embeds)`, so that a sampler forms them once and not at every evaluation.
-            timestep (...): times in [0, 1], 0 = noise; (R, 1) here gives a time per patch.
+                the `modulations`, which depend on time and condition alone, so that a sampler forms those of many
+                evaluations at once.
+            timestep: times in [0, 1], 0 = noise, of any shape that broadcasts to (..., R, P): (R, 1) is a time per
+                patch, (k, 1, 1) asks for the modulations of k evaluations.
             condition (R, P, D): the transformer's output for the patch.
-            timestep_embeds (..., G), condition_embeds (R, P, G): what an earlier call returned, in place of the two.
+            modulations: what an earlier call returned, in place of the two; of one evaluation.
 
         Returns:
-            (R, P, C): the predicted clean bits, in (-1, 1) if the head is `bounded`.
+            (R, P, C): the predicted clean bits, in (-1, 1) if the head is `bounded`. Without noisy bits the chunks of
+            all modulations, each (..., R, P, G): 6 (without attention 3) of every modulation layer, 2 of the last
+            norm. A scale s stands there as 1 + s.
         """
-        if condition is not None:
+        if modulations is None:
             condition_embeds = self.condition_proj(condition)
-        if timestep is not None:
             timestep_embeds = self.time_embed(timestep_features(timestep).to(condition_embeds.dtype))
+            embeds = nn.functional.silu(timestep_embeds + condition_embeds)  # (..., R, P, G)
+            modulations = ()
+            for modulation in self.modulations:
+                chunks = modulation(embeds).chunk(self.blocks[0].num_modulation_chunks, dim=-1)
+                modulations += tuple(1 + chunk if i % 3 == 0 else chunk for i, chunk in enumerate(chunks))
+            scale, shift = self.norm_out.linear(embeds).chunk(2, dim=-1)
+            modulations += (1 + scale, shift)
         if hidden_states is None:
-            return timestep_embeds, condition_embeds
+            return modulations
 
-        embeds = nn.functional.silu(timestep_embeds.to(condition_embeds) + condition_embeds)  # (R, P, G)
-        hidden_states = self.proj_in(hidden_states.to(condition_embeds.dtype))
+        hidden_states = self.proj_in(hidden_states.to(modulations[0].dtype))
         blocks_per_modulation = len(self.blocks) // len(self.modulations)
         for i, block in enumerate(self.blocks):
-            if i % blocks_per_modulation == 0:
-                modulation = self.modulations[i // blocks_per_modulation](embeds)  # (R, P, 6 G or 3 G)
+            first = i // blocks_per_modulation * block.num_modulation_chunks
+            modulation = modulations[first : first + block.num_modulation_chunks]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, modulation)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *modulation)
             else:
-                hidden_states = block(hidden_states, modulation)
-        prediction = self.proj_out(self.norm_out(hidden_states, embeds))
+                hidden_states = block(hidden_states, *modulation)
+        prediction = self.proj_out(self.norm_out(hidden_states, *modulations[-2:]))
         return 2 * torch.sigmoid(prediction) - 1 if self.bounded else prediction
 
 

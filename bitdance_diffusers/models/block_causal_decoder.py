@@ -183,14 +183,13 @@ class BlockCausalAttnProcessor:
         key = apply_rotary(key, rotary)
 
         if kv_cache is None:
-            hidden_states = self.attend(attn, query, key, value, attention_mask=attention_mask)
+            hidden_states = self.attend(query, key, value, attention_mask=attention_mask)
         else:
             hidden_states = self.attend_cached(attn, query, key, value, kv_cache, block_size)
         return attn.to_out[0](hidden_states.flatten(2, 3))
 
     def attend(
         self,
-        attn: "BlockCausalAttention",
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -198,7 +197,7 @@ class BlockCausalAttnProcessor:
         is_causal: bool = False,
     ) -> torch.Tensor:
         # Grouped heads are repeated: a mask together with enable_gqa takes the slow path, and most backends refuse it.
-        groups = attn.heads // attn.kv_heads
+        groups = query.shape[2] // key.shape[2]
         if groups > 1:
             key = key.repeat_interleave(groups, dim=2)
             value = value.repeat_interleave(groups, dim=2)
@@ -235,10 +234,13 @@ class BlockCausalAttnProcessor:
             new_query = query[rows, padding:]
             visible_keys, visible_values = keys[:, :num_visible], values[:, :num_visible]
             num_causal = num_new - block_size
-            output = self.attend(attn, new_query[:, num_causal:], visible_keys, visible_values)
+            # Query heads that share their keys see the same tokens: they become more tokens of fewer heads, so that
+            # nothing of the cache is repeated. (B, S, K g, d) -> (B, S g, K, d)
+            folded = new_query[:, num_causal:].unflatten(2, (attn.kv_heads, -1)).transpose(2, 3).flatten(1, 2)
+            output = self.attend(folded, visible_keys, visible_values)
+            output = output.unflatten(1, (block_size, -1)).transpose(2, 3).flatten(2, 3)
             if num_causal > 0:
                 text = self.attend(
-                    attn,
                     new_query[:, :num_causal],
                     visible_keys[:, :num_causal],
                     visible_values[:, :num_causal],

@@ -149,8 +149,8 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
         code_positions: torch.Tensor | None = None,
         condition_positions: torch.Tensor | None = None,
         kv_cache: StaticKVCache | None = None,
-        timestep_embeds: torch.Tensor | None = None,
-        condition_embeds: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        modulations: tuple[torch.Tensor, ...] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> BitDanceTransformerOutput | tuple[torch.Tensor, ...]:
@@ -160,14 +160,16 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
         | given | computed |
         |---|---|
         | `input_ids` alone | `inputs_embeds` |
-        | text, `code` or both; `condition_positions` | `condition`, its `condition_embeds`, `timestep_embeds` |
+        | text, `code` or both; `condition_positions` | `condition` |
         | the same with `noisy_code` and `timestep` (training) | `sample` as well |
-        | `noisy_code`, `timestep_embeds`, `condition_embeds` (sampling) | `sample` |
+        | `condition` and `timestep` (sampling) | `modulations` |
+        | `noisy_code` and `modulations` (sampling) | `sample` |
 
         Args:
             noisy_code: noisy bits, (B, M, P, C) beside a text (also (R * B, M, P, C): R draws of noise per patch, the
-                batch repeated whole), or (R, P, C) beside `condition_embeds`.
-            timestep: times in [0, 1], 0 = noise, 1 = data: (B, M) beside `noisy_code`, of any shape without it.
+                batch repeated whole), or (R, P, C) beside `modulations`.
+            timestep: times in [0, 1], 0 = noise, 1 = data: (B, M) beside `noisy_code`; (k,), the times of k
+                evaluations, beside `condition`.
             input_ids (B, L) or inputs_embeds (B, L, D): the text, its last P tokens being the block that predicts the
                 first patch (`<|res_w|>` and the queries).
             attention_mask (B, L), bool: False at padding, which is on the left. Not needed with `kv_cache`.
@@ -176,6 +178,8 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
             condition_positions (K', P, 2): (row, column) of the tokens to predict. The last K' blocks of this call are
                 their condition: K + 1 with a text, one while decoding.
             kv_cache: the cache, extended by the length of this call.
+            condition (R, P, D): of a patch, as an earlier call returned it.
+            modulations: of one evaluation, each (R, P, G): slices of what an earlier call returned.
             attention_kwargs: `scale` for LoRA, as in Diffusers.
         """
         patch_tokens = self.config.patch_size**2
@@ -184,7 +188,10 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
             if condition_positions is None:
                 return BitDanceTransformerOutput(inputs_embeds=inputs_embeds) if return_dict else (inputs_embeds,)
         if inputs_embeds is None and code is None:
-            sample = self.head(noisy_code, timestep_embeds=timestep_embeds, condition_embeds=condition_embeds)
+            if noisy_code is None:
+                modulations = self.head(timestep=timestep[:, None, None], condition=condition)
+                return BitDanceTransformerOutput(modulations=modulations) if return_dict else (modulations,)
+            sample = self.head(noisy_code, modulations=modulations)
             return BitDanceTransformerOutput(sample=sample) if return_dict else (sample,)
 
         # 1. The sequence: text, then patches fed back with the position embedding of their tokens.
@@ -226,16 +233,6 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
         condition = condition + sincos_2d(condition_positions, self.config.hidden_size).to(condition)
 
         # 5. The head. Every patch is a row of its own to it.
-        sample = condition_embeds = None
-        if noisy_code is None:
-            timestep_embeds, condition_embeds = self.head(timestep=timestep, condition=condition)
-        else:
-            sample = predict_patches(self.head, noisy_code, timestep, condition)
-        output = BitDanceTransformerOutput(
-            sample=sample,
-            condition=condition,
-            condition_embeds=condition_embeds,
-            timestep_embeds=timestep_embeds,
-            text_logits=text_logits,
-        )
+        sample = None if noisy_code is None else predict_patches(self.head, noisy_code, timestep, condition)
+        output = BitDanceTransformerOutput(sample=sample, condition=condition, text_logits=text_logits)
         return output if return_dict else output.to_tuple()

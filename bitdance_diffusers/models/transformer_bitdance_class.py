@@ -136,8 +136,8 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         code_positions: torch.Tensor | None = None,
         condition_indices: torch.Tensor | None = None,
         kv_cache: StaticKVCache | None = None,
-        timestep_embeds: torch.Tensor | None = None,
-        condition_embeds: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        modulations: tuple[torch.Tensor, ...] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> BitDanceTransformerOutput | tuple[torch.Tensor, ...]:
@@ -146,24 +146,31 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
 
         | given | computed |
         |---|---|
-        | class, `code` or both; `condition_indices` | `condition`, its `condition_embeds`, `timestep_embeds` |
+        | class, `code` or both; `condition_indices` | `condition` |
         | the same with `noisy_code` and `timestep` (training) | `sample` as well |
-        | `noisy_code`, `timestep_embeds`, `condition_embeds` (sampling) | `sample` |
+        | `condition` and `timestep` (sampling) | `modulations` |
+        | `noisy_code` and `modulations` (sampling) | `sample` |
 
         Args:
             noisy_code: noisy bits, (B, M, P, C) beside a class (also (R * B, M, P, C): R draws of noise per patch, the
-                batch repeated whole), or (R, P, C) beside `condition_embeds`.
-            timestep: times in [0, 1], 0 = noise, 1 = data: (B, M) beside `noisy_code`, of any shape without it.
+                batch repeated whole), or (R, P, C) beside `modulations`.
+            timestep: times in [0, 1], 0 = noise, 1 = data: (B, M) beside `noisy_code`; (k,), the times of k
+                evaluations, beside `condition`.
             class_labels (B,), int64 in [0, num_classes]; `num_classes` is "no class".
             code (B, F, P, C): finished patches fed back, -1/+1, in generation order.
             code_positions (F, P, 2): (row, column) of their tokens.
             condition_indices (F', P), int64: the tokens to predict, counted in generation order. The last F' blocks of
                 this call are their condition: F + 1 with a class, one while decoding.
             kv_cache: the cache, extended by the length of this call.
+            condition (R, P, D): of a patch, as an earlier call returned it.
+            modulations: of one evaluation, each (R, P, G): slices of what an earlier call returned.
             attention_kwargs: `scale` for LoRA, as in Diffusers.
         """
         if class_labels is None and code is None:
-            sample = self.head(noisy_code, timestep_embeds=timestep_embeds, condition_embeds=condition_embeds)
+            if noisy_code is None:
+                modulations = self.head(timestep=timestep[:, None, None], condition=condition)
+                return BitDanceTransformerOutput(modulations=modulations) if return_dict else (modulations,)
+            sample = self.head(noisy_code, modulations=modulations)
             return BitDanceTransformerOutput(sample=sample) if return_dict else (sample,)
 
         # 1. The sequence: class tokens, query tokens, patches fed back
@@ -203,12 +210,6 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         condition = condition + self.position_embed(condition_indices)
 
         # 5. The head. Every patch is a row of its own to it.
-        sample = condition_embeds = None
-        if noisy_code is None:
-            timestep_embeds, condition_embeds = self.head(timestep=timestep, condition=condition)
-        else:
-            sample = predict_patches(self.head, noisy_code, timestep, condition)
-        output = BitDanceTransformerOutput(
-            sample=sample, condition=condition, condition_embeds=condition_embeds, timestep_embeds=timestep_embeds
-        )
+        sample = None if noisy_code is None else predict_patches(self.head, noisy_code, timestep, condition)
+        output = BitDanceTransformerOutput(sample=sample, condition=condition)
         return output if return_dict else output.to_tuple()

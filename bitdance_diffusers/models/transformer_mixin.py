@@ -24,16 +24,14 @@ class BitDanceTransformerOutput(BaseOutput):
     Args:
         sample (R, P, C) or (B, M, P, C): predicted clean bits.
         condition (B, K, P, D): the head's condition, one for each of the last K blocks.
-        condition_embeds (B, K, P, G): the condition as the head projects it.
-        timestep_embeds (..., G): the times as the head projects them.
+        modulations: of k evaluations of the head, each (k, R, P, G), as [`BinaryDiffusionHead`] orders them.
         inputs_embeds (B, L, D): embedded token ids (text to image).
         text_logits (B, L, vocab_size): next-token logits of the text part (text to image).
     """
 
     sample: torch.Tensor | None = None
     condition: torch.Tensor | None = None
-    condition_embeds: torch.Tensor | None = None
-    timestep_embeds: torch.Tensor | None = None
+    modulations: tuple[torch.Tensor, ...] | None = None
     inputs_embeds: torch.Tensor | None = None
     text_logits: torch.Tensor | None = None
 
@@ -43,7 +41,7 @@ class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
 
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["BlockCausalDecoderLayer", "BinaryDiffusionHeadBlock", "BinaryDiffusionHeadMLPBlock"]
-    _no_split_modules = [*_repeated_blocks, "BinaryDiffusionHeadNormOut"]
+    _no_split_modules = _repeated_blocks
     _skip_keys = ["kv_cache"]
     _group_offload_block_modules = ["head"]
 

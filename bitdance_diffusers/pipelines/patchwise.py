@@ -1,6 +1,6 @@
 """What the pipelines share: a picture's code grows patch by patch, and is decoded at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,11 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..patch_order import grid_to_patches, patches_to_grid
+from ..sampling import denoise_patch
 
+# Modulations are formed for so many tokens at once, of as many evaluations of the head as that makes: enough to be
+# bound by their products and not by reading the weights, and few enough to be kept.
+MODULATED_TOKENS = 512
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -125,6 +129,33 @@ class PatchwisePipelineMixin:
         if latents is not None:
             return latents.to(device, torch.float32, copy=True)
         return torch.zeros(self._latents_shape(batch_size, height, width), device=device)
+
+    def _denoise_patch(
+        self, condition: torch.Tensor, noise: torch.Tensor, guidance_scale: float | None
+    ) -> torch.Tensor:
+        """[`denoise_patch`] by the transformer's head, for its `condition` (R, P, D): predicted bits (B, P, C)."""
+
+        def predict(noisy_code: torch.Tensor, modulations: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            return self.transformer(
+                noisy_code=noisy_code,
+                modulations=modulations,
+                attention_kwargs=self._attention_kwargs,
+                return_dict=False,
+            )[0]
+
+        def modulations() -> Iterator[tuple[torch.Tensor, ...]]:
+            evaluations = max(1, MODULATED_TOKENS // (condition.shape[0] * condition.shape[1]))
+            for timesteps in self.scheduler.timesteps.split(evaluations):
+                torch._dynamo.maybe_mark_dynamic(timesteps, 0)
+                chunks = self.transformer(
+                    condition=condition,
+                    timestep=timesteps,
+                    attention_kwargs=self._attention_kwargs,
+                    return_dict=False,
+                )[0]
+                yield from zip(*(chunk.clone() for chunk in chunks), strict=True)
+
+        return denoise_patch(predict, modulations(), noise, self.scheduler, guidance_scale)
 
     def _call_back(
         self,

@@ -17,7 +17,7 @@ from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance import BitDanceTransformer
 from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
 from ..prompt import check_tokenizer, picture_start_ids, prompt_ids, unconditional_ids
-from ..sampling import denoise_patch, draw_patch_noise
+from ..sampling import draw_patch_noise
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
 from .pipeline_output import BitDancePipelineOutput
@@ -419,26 +419,15 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         # 5. Read the texts: the last block of each predicts the first patch of its pictures
         kv_cache = self.transformer.allocate_kv_cache(row_lengths, 0, text_embeds.dtype, device)
         kv_cache.extend(text_embeds.shape[1])
-        output = self.transformer(
+        condition = self.transformer(
             inputs_embeds=text_embeds,
             condition_positions=positions[:1],
-            timestep=self.scheduler.timesteps,
             kv_cache=kv_cache,
             attention_kwargs=attention_kwargs,
-        )
+        ).condition
         # The next call may overwrite what this one returned (CUDA graphs do): what lives longer is a copy
-        timestep_embeds = output.timestep_embeds.clone()  # (n + 1, G)
-        condition_embeds = output.condition_embeds[text_of_row]  # (R, 1, P, G); R rows
+        condition = condition[text_of_row, 0]  # (R, P, D); R rows
         kv_cache = kv_cache.repeat_rows(text_of_row, (num_patches - 1) * patch_size**2)
-
-        def predict(noisy_code: torch.Tensor, timestep_embeds: torch.Tensor) -> torch.Tensor:
-            return self.transformer(
-                noisy_code=noisy_code,
-                timestep_embeds=timestep_embeds,
-                condition_embeds=condition_embeds[:, 0],
-                attention_kwargs=attention_kwargs,
-                return_dict=False,
-            )[0]
 
         # 6. Patch by patch: denoise the next one, then feed it back
         with self.progress_bar(total=num_patches) as progress_bar:
@@ -449,13 +438,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                 self._current_timestep = i
                 if i >= num_kept:
                     noise = draw_patch_noise(num_inference_steps, patches[:, i].shape, generator, device)
-                    prediction = denoise_patch(
-                        predict,
-                        noise,
-                        timestep_embeds,
-                        self.scheduler.step_coefficients,
-                        self._guidance_scale if guided else None,
-                    )
+                    prediction = self._denoise_patch(condition, noise, self._guidance_scale if guided else None)
                     patches[:, i] = torch.where(prediction > 0, 1.0, -1.0)
                     if callback_on_step_end is not None:
                         patches = self._call_back(
@@ -468,13 +451,17 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                     progress_bar.update()
                 if i + 1 < num_patches and not self.interrupt:
                     kv_cache.extend(patch_size**2)
-                    condition_embeds = self.transformer(
-                        code=patches[:, i : i + 1].to(text_embeds.dtype).repeat(2 if guided else 1, 1, 1, 1),
-                        code_positions=positions[i : i + 1],
-                        condition_positions=positions[i + 1 : i + 2],
-                        kv_cache=kv_cache,
-                        attention_kwargs=attention_kwargs,
-                    ).condition_embeds.clone()
+                    condition = (
+                        self.transformer(
+                            code=patches[:, i : i + 1].to(text_embeds.dtype).repeat(2 if guided else 1, 1, 1, 1),
+                            code_positions=positions[i : i + 1],
+                            condition_positions=positions[i + 1 : i + 2],
+                            kv_cache=kv_cache,
+                            attention_kwargs=attention_kwargs,
+                        )
+                        .condition[:, 0]
+                        .clone()
+                    )
         self._current_timestep = None
         del kv_cache  # its memory is for the vae now
 

@@ -10,7 +10,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance_class import BitDanceClassTransformer
 from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
-from ..sampling import denoise_patch, draw_patch_noise
+from ..sampling import draw_patch_noise
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
 from .pipeline_output import BitDancePipelineOutput
@@ -227,26 +227,15 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         dtype = self.transformer.dtype
         kv_cache = self.transformer.allocate_kv_cache(len(labels), 0, dtype, device)
         kv_cache.extend(config.num_class_tokens + config.patch_size**2 - 1)
-        output = self.transformer(
+        condition = self.transformer(
             class_labels=labels,
             condition_indices=indices[:1],
-            timestep=self.scheduler.timesteps,
             kv_cache=kv_cache,
             attention_kwargs=attention_kwargs,
-        )
+        ).condition
         # The next call may overwrite what this one returned (CUDA graphs do): what lives longer is a copy
-        timestep_embeds = output.timestep_embeds.clone()  # (n + 1, G)
-        condition_embeds = output.condition_embeds[label_of_row]  # (R, 1, P, G); R rows
+        condition = condition[label_of_row, 0]  # (R, P, D); R rows
         kv_cache = kv_cache.repeat_rows(label_of_row, (num_patches - 1) * config.patch_size**2)
-
-        def predict(noisy_code: torch.Tensor, timestep_embeds: torch.Tensor) -> torch.Tensor:
-            return self.transformer(
-                noisy_code=noisy_code,
-                timestep_embeds=timestep_embeds,
-                condition_embeds=condition_embeds[:, 0],
-                attention_kwargs=attention_kwargs,
-                return_dict=False,
-            )[0]
 
         # 6. Patch by patch: denoise the next one, then feed it back
         with self.progress_bar(total=num_patches) as progress_bar:
@@ -266,9 +255,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                         scale = None
                     else:
                         noise = draw_patch_noise(num_inference_steps, shape, generator, device)
-                    prediction = denoise_patch(
-                        predict, noise, timestep_embeds, self.scheduler.step_coefficients, scale
-                    )
+                    prediction = self._denoise_patch(condition, noise, scale)
                     bits = torch.where(prediction > 0, 1.0, -1.0)
                     patches[:, i] = bits[:batch_size]
                     if len(bits) > batch_size:
@@ -283,13 +270,17 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                     if guided:
                         code = torch.cat([code, code if unconditional_patch is None else unconditional_patch])
                     kv_cache.extend(config.patch_size**2)
-                    condition_embeds = self.transformer(
-                        code=code[:, None].to(dtype),
-                        code_positions=positions[i : i + 1],
-                        condition_indices=indices[i + 1 : i + 2],
-                        kv_cache=kv_cache,
-                        attention_kwargs=attention_kwargs,
-                    ).condition_embeds.clone()
+                    condition = (
+                        self.transformer(
+                            code=code[:, None].to(dtype),
+                            code_positions=positions[i : i + 1],
+                            condition_indices=indices[i + 1 : i + 2],
+                            kv_cache=kv_cache,
+                            attention_kwargs=attention_kwargs,
+                        )
+                        .condition[:, 0]
+                        .clone()
+                    )
         self._current_timestep = None
         del kv_cache  # its memory is for the vae now
 

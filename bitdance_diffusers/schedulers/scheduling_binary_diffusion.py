@@ -41,18 +41,19 @@ def update_sample(
     sample: torch.Tensor,
     prediction: torch.Tensor,
     previous_prediction: torch.Tensor | None,
-    noise: torch.Tensor,
+    scaled_noise: torch.Tensor,
     coefficients: torch.Tensor,
 ) -> torch.Tensor:
     """
-    One step of any solver, an affine map of what it is given; `coefficients` (4,) is a row of
-    [`BinaryDiffusionScheduler.step_coefficients`]. `previous_prediction` may be None where its coefficient is 0.
+    One step of any solver, an affine map of what it is given. `coefficients` (4,) is a row of
+    [`BinaryDiffusionScheduler.step_coefficients`]; its last has been multiplied with the noise already.
+    `previous_prediction` may be None where its coefficient is 0.
     """
-    keep, toward, correct, spread = coefficients.unbind()
-    sample = keep * sample + toward * prediction + spread * noise
+    keep, toward, correct, _ = coefficients.unbind()
+    sample = torch.addcmul(keep * sample, prediction, toward)
     if previous_prediction is not None:
-        sample = sample + correct * (prediction - previous_prediction)
-    return sample
+        sample = torch.addcmul(sample, prediction - previous_prediction, correct)
+    return sample + scaled_noise
 
 
 class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
@@ -71,6 +72,11 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
     init_noise_sigma = 1.0
+
+    @property
+    def uses_previous_prediction(self) -> bool:
+        """Whether the solver corrects a step by how the prediction has changed since the one before."""
+        return self.config.solver_type == "exponential_2m"
 
     @register_to_config
     def __init__(
@@ -104,7 +110,8 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         Prepare a run of `num_inference_steps` steps.
 
         Sets `timesteps` (num_inference_steps + 1,), float32, ascending: the time of every evaluation of the head; and
-        `step_coefficients` (num_inference_steps, 4): the row of step i is what [`update_sample`] takes.
+        `step_coefficients` (num_inference_steps, 4): for [`update_sample`], row i is step i's, of the sample, the
+        prediction, its change since the step before, and the noise.
         """
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it has to be a positive integer.")
@@ -120,7 +127,7 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             keep, toward = ratio**2, u - ratio**2 * t
             spread = (1 - u) * torch.sqrt(1 - ratio**2)
             correct = torch.zeros_like(t)
-            if self.config.solver_type == "exponential_2m":
+            if self.uses_previous_prediction:
                 # Extrapolate the prediction linearly in the log signal-to-noise ratio, to the middle of the step.
                 log_snr = torch.log(nodes / (1 - nodes))  # -inf at t = 0: the second step has no correction
                 ahead = log_snr.diff()
@@ -164,7 +171,8 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if index < self.num_inference_steps:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
             coefficients = self.step_coefficients[index].to(sample.device)
-            prev_sample = update_sample(sample, model_output, previous_model_output, noise, coefficients)
+            scaled_noise = coefficients[-1] * noise
+            prev_sample = update_sample(sample, model_output, previous_model_output, scaled_noise, coefficients)
         return BinaryDiffusionSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bench_text_to_image import RecordedForwards
 from random_pipelines import prompts, random_pipeline
+from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 
@@ -46,16 +47,17 @@ def test_recorded_forwards_are_those_of_the_call(config):
 
     def keep(module, args, kwargs, output):
         if "input_ids" not in kwargs:
-            outputs.append(output[0] if isinstance(output, tuple) else output.condition)
+            outputs.extend(tree_leaves(output))
 
     pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
     recorded = RecordedForwards(pipeline.transformer)
     call = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
     pipeline(prompts(2), generator=torch.Generator().manual_seed(0), **call)
     recorded.stop()
-    given = ("noisy_code", "code", "inputs_embeds")
+    given = ("noisy_code", "code", "inputs_embeds", "condition")
     names = [next(name for name in given if name in kwargs) for kwargs, _ in recorded.calls]
-    assert names == ["inputs_embeds"] + (["noisy_code"] * 4 + ["code"]) * 3 + ["noisy_code"] * 4
+    head = ["condition"] + ["noisy_code"] * 4
+    assert names == ["inputs_embeds"] + (head + ["code"]) * 3 + head
     assert len(recorded.text_lengths) == 4
 
     expected = list(outputs)

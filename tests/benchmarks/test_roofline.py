@@ -46,15 +46,23 @@ def test_operations_and_weights_of_a_head_evaluation(use_swiglu):
     transformer = BitDanceTransformer(vocab_size=16, num_layers=1, **config).eval()
     transformer.set_attention_backend("_native_math")
     rows = 3
-    call = {"timestep_embeds": torch.randn(32), "condition_embeds": torch.randn(rows, 4, 32)}
+    condition, times = torch.randn(rows, 4, 24), torch.rand(5)
+    with torch.no_grad():
+        modulations = transformer(condition=condition, timestep=times).modulations
     noisy = torch.randn(rows, 4, 6)
     work = roofline.head_evaluation(transformer.config, rows, element_size=4)
-    assert work.flops == count(lambda: transformer(noisy_code=noisy, **call))
-
+    assert work.flops == count(
+        lambda: transformer(noisy_code=noisy, modulations=tuple(chunk[0] for chunk in modulations))
+    )
     head = transformer.head
-    hoisted = {id(p) for module in (head.time_embed, head.condition_proj) for p in module.parameters()}
-    matrices = sum(p.numel() for p in head.parameters() if p.ndim == 2 and id(p) not in hoisted)
-    assert work.bytes == 4 * (matrices + rows * 4 * (32 + 6 + 6))
+    hoisted = (head.time_embed, head.condition_proj, head.modulations, head.norm_out)
+    matrices = [sum(p.numel() for p in part.parameters() if p.ndim == 2) for part in (head, *hoisted)]
+    num_modulations = rows * 4 * (2 * 6 + 2) * 32
+    assert work.bytes == 4 * (matrices[0] - sum(matrices[1:]) + num_modulations + rows * 4 * (6 + 6))
+
+    work = roofline.head_modulations(transformer.config, rows, 5, element_size=4)
+    assert work.flops == count(lambda: transformer(condition=condition, timestep=times))
+    assert work.bytes == 4 * (sum(matrices[1:]) + 5 * num_modulations + rows * 4 * 24)
 
 
 def test_operations_of_a_decoder_pass(transformer):
@@ -74,7 +82,7 @@ def test_operations_of_a_decoder_pass(transformer):
 def test_bytes_of_a_decoder_pass(transformer):
     """Weights, keys and values of both rows, what is fed back."""
     work = roofline.decoder_pass(transformer.config, 2, 4, 15, element_size=2)
-    modules = (transformer.layers, transformer.projector, transformer.head.condition_proj)
+    modules = (transformer.layers, transformer.projector)
     matrices = sum(p.numel() for module in modules for p in module.parameters() if p.ndim == 2)
     cache = 3 * 2 * 2 * 2 * 8 * (15 + 4)  # layers, keys and values, rows, heads, width; read and written
     assert work.bytes == 2 * (matrices + cache + 2 * 4 * 6)
@@ -82,12 +90,15 @@ def test_bytes_of_a_decoder_pass(transformer):
 
 @pytest.mark.parametrize(
     "preset, batch_size, seconds",
-    [("14b-64x", 1, 3.9), ("14b-64x", 8, 1.70), ("14b-16x", 1, 15.4), ("14b-16x", 8, 1.99)],
+    [("14b-64x", 1, 3.46), ("14b-64x", 8, 1.69), ("14b-16x", 1, 12.8), ("14b-16x", 8, 1.94)],
 )
 def test_least_seconds_a_picture_on_an_h100(preset, batch_size, seconds):
+    """Worked out by hand: at P = 64 one picture reads the decoder 64 times (0.51 s), the head without its
+    modulations and their 18 MB 51 x 64 times (2.63 s), and multiplies 51 x 64 x 128 tokens by 0.73 G weights to form
+    those (0.31 s)."""
     config, side = PRESETS[preset]
     with torch.device("meta"):
         config = BitDanceTransformer(**config).config
     text_lengths = [30 + config["patch_size"] ** 2] * 2 * batch_size
     forwards = roofline.picture(config, text_lengths, (side // config["patch_size"]) ** 2, 51, element_size=2)
-    assert roofline.least_seconds(forwards, H100) / batch_size == pytest.approx(seconds, rel=0.05)
+    assert roofline.least_seconds(forwards, H100) / batch_size == pytest.approx(seconds, rel=0.01)

@@ -29,25 +29,27 @@ def make_head(use_swiglu=True):
 
 @torch.no_grad()
 def test_an_evaluation_launches_few_operators():
-    """A small head is bound by launching them: at most 110 for 6 blocks."""
+    """A small head is bound by launching them: 13 a block, and 7 around the blocks."""
     head = make_head()
-    call = {"timestep_embeds": torch.randn(32), "condition_embeds": torch.randn(2, 16, 32)}
+    modulations = head(timestep=torch.rand(()), condition=torch.randn(2, 16, 24))
     noisy = torch.randn(2, 16, 8)
     with CountOperators() as operators:
-        head(noisy, **call)
-    assert sum(operators.counts.values()) <= 110, operators.counts
+        head(noisy, modulations=modulations)
+    assert sum(operators.counts.values()) <= 6 * 13 + 7, operators.counts
 
 
 @torch.no_grad()
-def test_projections_made_beforehand_give_the_same():
+def test_modulations_made_beforehand_give_the_same():
     for use_swiglu in (True, False):
         head = make_head(use_swiglu)
-        noisy, condition, timestep = torch.randn(3, 4, 8), torch.randn(3, 4, 24), torch.rand(3, 1)
-        timestep_embeds, condition_embeds = head(timestep=timestep, condition=condition)
-        assert timestep_embeds.shape == (3, 1, 32) and condition_embeds.shape == (3, 4, 32)
-        hoisted = head(noisy, timestep_embeds=timestep_embeds, condition_embeds=condition_embeds)
-        assert torch.equal(hoisted, head(noisy, timestep=timestep, condition=condition))
-        assert hoisted.abs().max() < 1
+        noisy, condition, timesteps = torch.randn(3, 4, 8), torch.randn(3, 4, 24), torch.rand(5)
+        modulations = head(timestep=timesteps[:, None, None], condition=condition)
+        assert [tuple(chunk.shape) for chunk in modulations] == [(5, 3, 4, 32)] * (6 + 6 + 2)
+        for timestep, *modulation in zip(timesteps, *modulations, strict=True):
+            hoisted = head(noisy, modulations=tuple(modulation))
+            expected = head(noisy, timestep=timestep.expand(3, 1), condition=condition)
+            torch.testing.assert_close(hoisted, expected, atol=1e-6, rtol=0)
+            assert hoisted.abs().max() < 1
 
 
 @torch.no_grad()

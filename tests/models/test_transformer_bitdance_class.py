@@ -61,14 +61,12 @@ def test_teacher_forcing_equals_cached_decoding(patch_size, checkpointing):
             else:
                 call = {"code": inputs["code"][:, i - 1 : i], "code_positions": positions[i - 1 : i]}
                 cache.extend(patch_size**2)
-            timestep = inputs["timestep"][:, i]
-            output = model(**call, condition_indices=indices[i : i + 1], timestep=timestep, kv_cache=cache)
+            output = model(**call, condition_indices=indices[i : i + 1], kv_cache=cache)
             torch.testing.assert_close(output.condition[:, 0], whole.condition[:, i].detach(), atol=1e-5, rtol=0)
-            sample = model(
-                noisy_code=inputs["noisy_code"][:, i],
-                timestep_embeds=output.timestep_embeds[:, None],
-                condition_embeds=output.condition_embeds[:, 0],
-            ).sample
+            # From the modulations of the times of all rows: row r takes its own
+            modulations = model(condition=output.condition[:, 0], timestep=inputs["timestep"][:, i]).modulations
+            modulations = tuple(chunk[torch.arange(3), torch.arange(3)] for chunk in modulations)
+            sample = model(noisy_code=inputs["noisy_code"][:, i], modulations=modulations).sample
             torch.testing.assert_close(sample, whole.sample[:, i].detach(), atol=1e-5, rtol=0)
 
 

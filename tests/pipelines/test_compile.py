@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 SIZE = {"height": 16, "width": 16}  # 4 patches
 
@@ -42,9 +43,9 @@ def test_compiled_once(t2i_pipeline, graphs, how):
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=graphs)
 
     assert torch.equal(draw(pipeline), expected)
-    # Token embedding, text, fed-back patch and denoising; or a layer's two (text, patch) and a block of the head.
+    # Token embedding, text, fed-back patch, modulations and denoising; or a layer's two and a block of the head.
     first = graphs.count
-    assert first == (3 if how == "compile_repeated_blocks" else 4)
+    assert first == (3 if how == "compile_repeated_blocks" else 5)
     assert torch.equal(draw(pipeline), expected)
     assert torch.equal(draw(pipeline, "quite another prompt, and a longer one", height=8, width=32), expected_long)
     assert graphs.count == first
@@ -58,7 +59,7 @@ def test_class_pipeline_compiled_once(class_pipeline, graphs):
     for _ in range(2):
         for label, code in zip((1, 7), expected, strict=True):
             assert torch.equal(pipeline(label, generator=torch.Generator().manual_seed(0), **call).images, code)
-        assert graphs.count == 3  # class, fed-back patch and denoising
+        assert graphs.count == 4  # class, fed-back patch, modulations and denoising
 
 
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
@@ -76,7 +77,7 @@ def test_outputs_may_be_overwritten_by_the_next_call(t2i_pipeline, class_pipelin
         def overwrite(module, args, output, returned=returned):
             for tensor in returned:
                 tensor.fill_(float("nan"))
-            returned[:] = output if isinstance(output, tuple) else output.to_tuple()
+            returned[:] = tree_leaves(output)
 
         pipeline.transformer.register_forward_hook(overwrite)
         assert torch.equal(pipeline(**call, generator=torch.Generator().manual_seed(0)).images, expected)
@@ -86,12 +87,13 @@ def test_compiled_with_inductor_agrees_with_eager(t2i_pipeline):
     """The real thing, once: a head evaluation through the default backend."""
     transformer = t2i_pipeline().transformer
     generator = torch.Generator().manual_seed(0)
-    call = {
-        "noisy_code": torch.randn(2, 4, 8, generator=generator),
-        "timestep_embeds": torch.randn(256, generator=generator),
-        "condition_embeds": torch.randn(2, 4, 256, generator=generator),
-    }
+    condition = torch.randn(2, 4, transformer.config.hidden_size, generator=generator)
     with torch.no_grad():
+        modulations = transformer(condition=condition, timestep=torch.tensor([0.3])).modulations
+        call = {
+            "noisy_code": torch.randn(2, 4, 8, generator=generator),
+            "modulations": tuple(chunk[0] for chunk in modulations),
+        }
         eager = transformer(**call).sample
         torch._dynamo.reset()
         compiled = torch.compile(transformer, fullgraph=True)(**call).sample

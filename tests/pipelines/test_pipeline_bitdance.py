@@ -21,7 +21,7 @@ from bitdance_diffusers import (
     image_sizes,
 )
 from bitdance_diffusers.patch_order import grid_to_patches, patches_to_grid
-from bitdance_diffusers.pipelines import pipeline_bitdance
+from bitdance_diffusers.pipelines import patchwise, pipeline_bitdance
 
 SIZE = {"height": 8, "width": 16}  # 2 x 4 tokens, two patches of 2 x 2
 QUICK = {**SIZE, "num_inference_steps": 3, "output_type": "latent"}
@@ -65,9 +65,9 @@ class TestReferenceCase:
         pipeline.transformer.register_forward_hook(
             lambda module, args, output: conditions.append(getattr(output, "condition", None))
         )
-        denoise = pipeline_bitdance.denoise_patch
+        denoise = patchwise.denoise_patch
         monkeypatch.setattr(
-            pipeline_bitdance, "denoise_patch", lambda *args: predictions.append(denoise(*args)) or predictions[-1]
+            patchwise, "denoise_patch", lambda *args: predictions.append(denoise(*args)) or predictions[-1]
         )
         pipeline(
             info["prompt"],

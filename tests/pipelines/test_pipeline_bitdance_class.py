@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDanceClassTransformer, BitDanceTokenizer
 from bitdance_diffusers.patch_order import grid_to_patches, patches_to_grid
-from bitdance_diffusers.pipelines import pipeline_bitdance_class
+from bitdance_diffusers.pipelines import patchwise, pipeline_bitdance_class
 
 CASES = ["class_p1", "class_p4"]
 QUICK = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
@@ -44,9 +44,9 @@ class TestReferenceCase:
     def test_predictions(self, class_pipeline, case, name, monkeypatch):
         info, expected = case
         predictions = []
-        denoise = pipeline_bitdance_class.denoise_patch
+        denoise = patchwise.denoise_patch
         monkeypatch.setattr(
-            pipeline_bitdance_class,
+            patchwise,
             "denoise_patch",
             lambda *args: predictions.append(denoise(*args)) or predictions[-1],
         )
@@ -92,10 +92,8 @@ def test_linear_schedule_samples_the_first_patch_in_two_halves(class_pipeline, m
 
 def test_linear_schedule_grows_with_the_patch(class_pipeline, monkeypatch):
     scales = []
-    denoise = pipeline_bitdance_class.denoise_patch
-    monkeypatch.setattr(
-        pipeline_bitdance_class, "denoise_patch", lambda *args: scales.append(args[-1]) or denoise(*args)
-    )
+    denoise = patchwise.denoise_patch
+    monkeypatch.setattr(patchwise, "denoise_patch", lambda *args: scales.append(args[-1]) or denoise(*args))
     pipeline = class_pipeline("class_p4")  # 16 patches
     pipeline(1, **QUICK)
     assert scales[0] is None and scales[1:] == pytest.approx([1 + 2 * i / 16 for i in range(1, 16)])

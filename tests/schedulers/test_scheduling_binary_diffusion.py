@@ -35,8 +35,7 @@ def test_euler_maruyama_is_the_original_sampler(shift, steps):
     expected = original_sampler(smooth, noise[0], noise[1:], shift)
 
     scheduler.set_timesteps(steps)
-    times = scheduler.timesteps[:, None]
-    result = denoise_patch(lambda x, t: smooth(x, t), noise, times, scheduler.step_coefficients, None)
+    result = denoise_patch(smooth, scheduler.timesteps, noise.clone(), scheduler, None)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
     sample = noise[0]
@@ -97,12 +96,11 @@ def sample(law, solver, steps, count=20_000):
     scheduler.set_timesteps(steps)
     bits = law.codes.shape[1]
     noise = draw_patch_noise(steps, (count, 1, bits), torch.Generator().manual_seed(1), torch.device("cpu"))
-    times = scheduler.timesteps
 
     def predict(noisy, t):
         return law.posterior_mean(noisy[:, 0], t)[:, None]
 
-    return denoise_patch(predict, noise, times, scheduler.step_coefficients, None)[:, 0]
+    return denoise_patch(predict, scheduler.timesteps, noise, scheduler, None)[:, 0]
 
 
 @pytest.mark.parametrize("bits, seed", [(8, 0), (8, 1), (9, 2)])
