@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import torch
-from bench_text_to_image import DTYPES
+from bench_text_to_image import DTYPES, compile_options
 from common import count_operators, interleave, medians, print_record, print_table
 from random_pipelines import PRESETS, random_pipeline
 from roofline import find_machine, head_evaluation
@@ -31,7 +31,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     size.add_argument("--config", type=Path, help="a transformer's config.json")
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 16], help="patches side by side")
     parser.add_argument("--evaluations", type=int, default=51, help="in a run")
-    parser.add_argument("--compile", default="default", metavar="MODE", help="a mode of torch.compile")
+    parser.add_argument("--compile", default="default", metavar="MODE", help="as in bench_text_to_image.py")
     parser.add_argument("--attention_backend", help="one of Diffusers' attention backends")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, else bfloat16")
@@ -69,13 +69,12 @@ def main(arguments: list[str] | None = None) -> None:
         transformer.set_attention_backend(args.attention_backend)
     bits = transformer.config.in_channels
     patch_tokens = transformer.config.patch_size**2
-    torch._inductor.config.freezing = device.type == "cpu"  # constant, prepacked weights
     machine = find_machine(device, dtype)
 
     rows, results = [], []
     for num_rows in args.rows:
         torch._dynamo.reset()  # static shapes, in which weights can be prepacked
-        compiled = torch.compile(transformer, mode=args.compile, dynamic=False)
+        compiled = torch.compile(transformer, dynamic=False, **compile_options(device, args.compile))
         condition = torch.randn(num_rows, patch_tokens, transformer.config.hidden_size, device=device, dtype=dtype)
         modulations = transformer(condition=condition, timestep=torch.full((1,), 0.3, device=device)).modulations
         call = {

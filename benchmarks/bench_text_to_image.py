@@ -40,8 +40,8 @@ from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.models.block_causal_decoder import StaticKVCache
 from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
-# What makes torch.compile fast on a CPU: constant, prepacked weights; the faster of two kernels for each product; calls
-# from C++; and no check at every call that no module has changed.
+# What makes torch.compile fast on a CPU: constant, prepacked weights; the faster of two kernels for every product;
+# calls from C++; no check at every call whether a module has changed.
 CPU_OPTIONS = {
     "freezing": True,
     "max_autotune": True,
@@ -82,12 +82,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def compile_options(device: torch.device, mode: str) -> dict[str, Any]:
+    """Arguments of `torch.compile`, which takes a mode or options but not both."""
+    return {"options": CPU_OPTIONS} if device.type == "cpu" else {"mode": mode}
+
+
 def compiled_pipeline(pipeline: BitDancePipeline, mode: str) -> BitDancePipeline:
     """A second pipeline with the same weights, whose transformer is compiled at its first call."""
     compiled = BitDancePipeline(**pipeline.components)
     compiled.set_progress_bar_config(disable=True)
-    how = {"options": CPU_OPTIONS} if pipeline.device.type == "cpu" else {"mode": mode}
-    compiled.transformer = torch.compile(pipeline.transformer, **how)
+    compiled.transformer = torch.compile(pipeline.transformer, **compile_options(pipeline.device, mode))
     return compiled
 
 

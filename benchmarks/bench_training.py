@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from common import print_record, print_table
-from roofline import decoder_pass, find_machine, head_evaluation
+from roofline import decoder_pass, find_machine, head_evaluation, head_modulations
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
@@ -123,8 +123,9 @@ def operations_of_a_picture(config: dict, texts: list[str], num_draws: int) -> f
     num_patches = side**2 // config["patch_size"] ** 2
     tokens = text + side**2 - config["patch_size"] ** 2
     decoder = decoder_pass(config, 1, tokens, tokens / 2, element_size=1)
-    head = head_evaluation(config, num_patches * num_draws, element_size=1)
-    return 3 * (decoder.flops + head.flops)
+    rows = num_patches * num_draws
+    head = head_modulations(config, rows, 1, element_size=1), head_evaluation(config, rows, element_size=1)
+    return 3 * sum(work.flops for work in (decoder, *head))
 
 
 def main(arguments: list[str] | None = None) -> None:

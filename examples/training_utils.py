@@ -166,6 +166,7 @@ def create_optimizer(args: argparse.Namespace, parameters: Any) -> torch.optim.A
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+        fused=True,
     )
 
 

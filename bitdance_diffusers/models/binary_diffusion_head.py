@@ -35,7 +35,7 @@ class BinaryDiffusionHeadAttnProcessor:
 
     def __call__(self, attn: "BinaryDiffusionHeadAttention", hidden_states: torch.Tensor) -> torch.Tensor:
         # (R, P, 3 G) -> three of (R, P, H, d)
-        query, key, value = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1)).unbind(dim=2)
+        query, key, value = attn.to_qkv(hidden_states).view(*hidden_states.shape[:2], 3, attn.heads, -1).unbind(dim=2)
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
