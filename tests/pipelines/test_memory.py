@@ -195,17 +195,20 @@ def test_a_hundred_calls_leave_nothing_behind(t2i_pipeline):
 
 
 @pytest.mark.parametrize("kept", [[], ["head"]])
-def test_torchao_quantization(t2i_pipeline_path, draw, tmp_path, kept):
-    """The transformer in int8, with its head or without it; saved and loaded again."""
+@pytest.mark.parametrize(
+    "name, tensor", [("Int8WeightOnlyConfig", "Int8Tensor"), ("Float8WeightOnlyConfig", "Float8Tensor")]
+)
+def test_torchao_quantization(t2i_pipeline_path, draw, tmp_path, name, tensor, kept):
+    """The transformer in 8 bits, with its head or without it; saved and loaded again."""
     torchao = pytest.importorskip("torchao.quantization")
-    config = TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=kept)
+    config = TorchAoConfig(getattr(torchao, name)(), modules_to_not_convert=kept)
     pipeline = BitDancePipeline.from_pretrained(
         t2i_pipeline_path,
         quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config}),
         dtype=torch.float32,
     )
     weights = (pipeline.transformer.layers[0].attn.to_q.weight, pipeline.transformer.head.blocks[0].attn.to_qkv.weight)
-    assert [type(weight).__name__ == "Int8Tensor" for weight in weights] == [True, not kept]
+    assert [type(weight).__name__ == tensor for weight in weights] == [True, not kept]
     picture = draw(pipeline)
     assert picture.isfinite().all()
     pipeline.save_pretrained(tmp_path)
