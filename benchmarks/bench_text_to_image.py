@@ -40,8 +40,8 @@ from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.models.block_causal_decoder import StaticKVCache
 from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
-# What makes torch.compile fast on a CPU: constant, prepacked weights; calls from C++; a loop over a few thousand elements
-# stays on one thread; no check at every call whether a module has changed.
+# What makes torch.compile fast on a CPU: constant, prepacked weights; calls from C++; loops over a few thousand
+# elements on one thread; no check at every call whether a module has changed.
 CPU_OPTIONS = {
     "freezing": True,
     "cpp_wrapper": True,

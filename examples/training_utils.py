@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
+from generate import save_image
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
@@ -726,7 +727,7 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
     """Write a picture to `output_dir/validation` and to the trackers that take pictures."""
     folder = output_dir / "validation"
     folder.mkdir(parents=True, exist_ok=True)
-    image.save(folder / f"{name}-{step:06d}.png")
+    save_image(image, folder / f"{name}-{step:06d}.png")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
@@ -741,7 +742,9 @@ def save_model_card(folder: Path, description: str, base_model: str | None, tags
     data = ModelCardData(
         library_name="diffusers", base_model=base_model, tags=["bitdance", "diffusers-training", *tags]
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n{description}\n").save(folder / "README.md")
+    partial = folder / ".README.md.partial"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n{description}\n").save(partial)
+    partial.replace(folder / "README.md")
 
 
 def push_to_hub(args: argparse.Namespace) -> None:
