@@ -15,6 +15,7 @@ from ..sampling import denoise_patch
 # Modulations are formed for so many tokens at once, of as many evaluations of the head as that makes: enough to be
 # bound by their products and not by reading the weights, and few enough to be kept.
 MODULATED_TOKENS = 512
+GRAPH_DEVICES = ("cuda",)  # where a compiled call may overwrite what the one before it returned
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -153,7 +154,9 @@ class PatchwisePipelineMixin:
                     attention_kwargs=self._attention_kwargs,
                     return_dict=False,
                 )[0]
-                yield from zip(*(chunk.clone() for chunk in chunks), strict=True)
+                if condition.device.type in GRAPH_DEVICES:
+                    chunks = [chunk.clone() for chunk in chunks]
+                yield from zip(*chunks, strict=True)
 
         return denoise_patch(predict, modulations(), noise, self.scheduler, guidance_scale)
 
