@@ -104,7 +104,7 @@ def machine_line(device: torch.device | None = None) -> dict[str, Any]:
     line = {
         "date": date.today().isoformat(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
