@@ -2,22 +2,27 @@
 
     python benchmarks/bench_solvers.py
     python benchmarks/bench_solvers.py --variants euler_maruyama:51 exponential_2m:20 --pictures_per_category 200
+    python benchmarks/bench_solvers.py --variants exponential_2m:20 exponential_2m:20:early_stop_threshold=0.95 \
+        exponential_2m:20:guidance_interval=0,0.7
 
-Every variant draws the same held-out prompts from the same seeds. The score is that of `examples/evaluate.py icons`,
-the mean over its six categories; the difference from the first variant has a 95 % interval by resampling prompts
-within their categories (bootstrap), which keeps the two pictures of a prompt together.
+Every variant draws the same held-out prompts from the same seeds; `rows` are the rows that the head evaluated for a
+picture and patch, two in a guided evaluation (an early stop saves more in smaller batches). The score is that of
+`examples/evaluate.py icons`, the mean over its six categories; the difference from the first variant has a 95 %
+interval by resampling prompts within their categories (bootstrap), which keeps the two pictures of a prompt together.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from common import print_record, print_table
 from PIL import Image
 
-from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline
+from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTransformer
+from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -29,11 +34,27 @@ VARIANTS = ["euler_maruyama:51"] + [f"exponential_2m:{number}" for number in (8,
 NUM_RESAMPLES = 2000
 
 
-def parse_variant(text: str) -> tuple[str, int]:
-    solver, _, number = text.partition(":")
-    if not number.isdigit() or int(number) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} has to be SOLVER:EVALUATIONS, with at least 2 evaluations.")
-    return solver, int(number)
+def parse_option(text: str) -> tuple[str, float | list[float]]:
+    name, _, value = text.partition("=")
+    if name == "early_stop_threshold":
+        return name, float(value)
+    if name == "guidance_interval":
+        return name, [float(time) for time in value.split(",")]
+    raise ValueError
+
+
+def parse_variant(text: str) -> tuple[str, int, dict[str, float | list[float]]]:
+    try:
+        solver, number, *options = text.split(":")
+        evaluations, call = int(number), dict(map(parse_option, options))
+        if solver not in SOLVERS or evaluations < 2:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has to be SOLVER:EVALUATIONS, with at least 2 evaluations, and may go on with "
+            "':early_stop_threshold=0.95' and ':guidance_interval=0,0.7'."
+        ) from None
+    return solver, evaluations, call
 
 
 def score(
@@ -41,22 +62,28 @@ def score(
     world: IconWorld,
     prompts: list[str],
     solver: str,
-    evaluations: int,
+    call: dict[str, Any],
     args: argparse.Namespace,
-) -> np.ndarray:
-    """Which of the prompts' pictures are right: bool, in their order."""
+) -> tuple[np.ndarray, float]:
+    """Which of the prompts' pictures are right: bool, in their order; and the head's rows per picture and patch."""
     pipe.scheduler = BinaryDiffusionScheduler.from_config(pipe.scheduler.config, solver_type=solver)
+    rows = patches = 0
+
+    def count(module: BitDanceTransformer, _: tuple, inputs: dict[str, Any]) -> None:
+        nonlocal rows
+        rows += len(inputs["noisy_code"]) if inputs.get("noisy_code") is not None else 0
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        return pipe(
-            prompts,
-            num_inference_steps=evaluations - 1,
-            guidance_scale=args.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
+        nonlocal patches
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipe(prompts, guidance_scale=args.guidance_scale, generator=generators, **call).images
+        patches += len(prompts) * pipe.num_timesteps
+        return images
 
+    hook = pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
     rated = rate_pictures(world, prompts, draw, args.seed, args.batch_size)
-    return np.array([not one.reason for one in rated])
+    hook.remove()
+    return np.array([not one.reason for one in rated]), rows / patches
 
 
 def mean_over_categories(right: np.ndarray, members: list[np.ndarray]) -> float:
@@ -80,7 +107,7 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--variants", nargs="+", type=parse_variant, default=[parse_variant(text) for text in VARIANTS],
-        metavar="SOLVER:EVALUATIONS", help="the first is what the others are compared with",
+        metavar="SOLVER:EVALUATIONS[:OPTION=VALUE...]", help="the first is what the others are compared with",
     )  # fmt: skip
     parser.add_argument("--pictures_per_category", type=int, default=170)
     parser.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
@@ -96,17 +123,20 @@ def main() -> None:
     members = [np.flatnonzero(categories == category) for category in CATEGORIES]
 
     rows, record, reference = [], [], None
-    for solver, evaluations in args.variants:
-        right = score(pipe, world, prompts, solver, evaluations, args)
+    for solver, evaluations, options in args.variants:
+        call = {"num_inference_steps": evaluations - 1, **options}
+        right, head_rows = score(pipe, world, prompts, solver, call, args)
         reference = right if reference is None else reference
         delta, low, high = difference(right, reference, members)
-        result = {"solver": solver, "evaluations": evaluations, "score": mean_over_categories(right, members)}
+        result = {"rows": head_rows, "score": mean_over_categories(right, members)}
         result |= {"difference": delta, "low": low, "high": high}
         result |= {name: float(right[rows].mean()) for name, rows in zip(CATEGORIES, members, strict=True)}
-        record.append(result)
-        rows.append([solver, evaluations, *(f"{value:.3f}" for value in list(result.values())[2:])])
+        record.append({"solver": solver, "evaluations": evaluations, **options, **result})
+        named = ", ".join(f"{name} {value}" for name, value in options.items())
+        rows.append([solver, evaluations, named, *(f"{value:.3f}" for value in result.values())])
         print(rows[-1], flush=True)
-    print_table(["solver", "evaluations", "score", "difference", "from", "to", *CATEGORIES], rows)
+    headings = ["solver", "evaluations", "", "rows", "score", "difference", "from", "to", *CATEGORIES]
+    print_table(headings, rows)
     print_record("solvers", pipe.device, num_pictures=len(prompts), model=args.model, variants=record)
 
 

@@ -35,6 +35,23 @@ def check_guidance_scale(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value}; it has to be finite and not negative.")
 
 
+def check_guidance_interval(name: str, value: Any) -> None:
+    """Raises a `TypeError` or `ValueError` that names the argument."""
+    numbers = value if isinstance(value, (tuple, list)) else []
+    if len(numbers) != 2 or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
+        raise TypeError(f"`{name}` is {value!r}; it has to be a pair of numbers, or None.")
+    if not 0 <= value[0] <= value[1] <= 1:
+        raise ValueError(f"`{name}` is {value!r}; the two have to ascend, from 0 (noise) to 1 (data).")
+
+
+def check_early_stop_threshold(name: str, value: Any) -> None:
+    """Raises a `TypeError` or `ValueError` that names the argument."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}; it has to be a number, or None.")
+    if not 0 < value < 1:
+        raise ValueError(f"`{name}` is {value}; it has to be between 0 and 1.")
+
+
 class PatchwisePipelineMixin:
     """Goes beside `DiffusionPipeline` in the bases of a pipeline with a `vae`, a `transformer` and a `scheduler`."""
 
@@ -67,8 +84,14 @@ class PatchwisePipelineMixin:
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
         attention_kwargs: dict[str, Any] | None,
+        guidance_interval: tuple[float, float] | None,
+        early_stop_threshold: float | None,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
+        if guidance_interval is not None:
+            check_guidance_interval("guidance_interval", guidance_interval)
+        if early_stop_threshold is not None:
+            check_early_stop_threshold("early_stop_threshold", early_stop_threshold)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -131,8 +154,21 @@ class PatchwisePipelineMixin:
             return latents.to(device, torch.float32, copy=True)
         return torch.zeros(self._latents_shape(batch_size, height, width), device=device)
 
+    def _prepare_timesteps(
+        self, num_inference_steps: int, guidance_interval: tuple[float, float] | None, device: torch.device
+    ) -> list[bool]:
+        """Prepare the scheduler; which evaluations of the head stand in `guidance_interval`, all where it is None."""
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        low, high = guidance_interval or (0, 1)
+        return [low <= t <= high for t in self.scheduler.timesteps.tolist()]
+
     def _denoise_patch(
-        self, condition: torch.Tensor, noise: torch.Tensor, guidance_scale: float | None
+        self,
+        condition: torch.Tensor,
+        noise: torch.Tensor,
+        guidance_scale: float | None,
+        guided_evaluations: list[bool],
+        early_stop_threshold: float | None,
     ) -> torch.Tensor:
         """[`denoise_patch`] by the transformer's head, for its `condition` (R, P, D): predicted bits (B, P, C)."""
 
@@ -158,7 +194,15 @@ class PatchwisePipelineMixin:
                     chunks = [chunk.clone() for chunk in chunks]
                 yield from zip(*chunks, strict=True)
 
-        return denoise_patch(predict, modulations(), noise, self.scheduler, guidance_scale)
+        return denoise_patch(
+            predict,
+            modulations(),
+            noise,
+            self.scheduler,
+            guidance_scale,
+            guided_evaluations,
+            early_stop_threshold,
+        )
 
     def _call_back(
         self,

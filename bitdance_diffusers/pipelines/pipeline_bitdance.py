@@ -100,6 +100,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         callback_on_step_end_tensor_inputs: list[str],
         attention_kwargs: dict[str, Any] | None,
         max_sequence_length: int,
+        guidance_interval: tuple[float, float] | None,
+        early_stop_threshold: float | None,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
         check_size(height, width, self.vae_scale_factor, self.transformer.config.patch_size)
@@ -181,6 +183,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             attention_kwargs,
+            guidance_interval,
+            early_stop_threshold,
         )
 
     def embed_tokens(self, ids: list[int], device: torch.device) -> torch.Tensor:
@@ -288,6 +292,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 1024,
+        guidance_interval: tuple[float, float] | None = None,
+        early_stop_threshold: float | None = None,
     ) -> BitDancePipelineOutput | tuple:
         """
         Draw pictures.
@@ -318,6 +324,12 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                 takes the place of the code so far.
             attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
             max_sequence_length (`int`): most tokens that a text may have in its frame. Nothing is cut off.
+            guidance_interval (pair of `float`, *optional*): times, from 0 (noise) to 1 (data), between which the
+                prediction is guided (Kynkäänniemi et al., 2024, arXiv 2404.07724); elsewhere the head runs the
+                conditional rows only. None guides throughout.
+            early_stop_threshold (`float`, *optional*): between 0 and 1; a patch of a picture is finished at the first
+                evaluation of the head whose predictions are all at least so far from 0. A lower threshold saves more
+                evaluations and changes more bits. None evaluates all.
 
         Returns:
             [`BitDancePipelineOutput`], or a tuple whose first element is the images.
@@ -354,6 +366,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             callback_on_step_end_tensor_inputs,
             attention_kwargs,
             max_sequence_length,
+            guidance_interval,
+            early_stop_threshold,
         )
         supported = self.config.supported_sizes
         if supported is not None and [height, width] not in [list(size) for size in supported]:
@@ -413,7 +427,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         torch._dynamo.maybe_mark_dynamic(text_embeds, 1)  # a compiled transformer takes texts of any length
 
         # 4. Prepare the timesteps of a patch
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        guided_evaluations = self._prepare_timesteps(num_inference_steps, guidance_interval, device)
         self._num_timesteps = num_patches
 
         # 5. Read the texts: the last block of each predicts the first patch of its pictures
@@ -438,7 +452,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                 self._current_timestep = i
                 if i >= num_kept:
                     noise = draw_patch_noise(num_inference_steps, patches[:, i].shape, generator, device)
-                    prediction = self._denoise_patch(condition, noise, self._guidance_scale if guided else None)
+                    scale = self._guidance_scale if guided else None
+                    prediction = self._denoise_patch(condition, noise, scale, guided_evaluations, early_stop_threshold)
                     patches[:, i] = torch.where(prediction > 0, 1.0, -1.0)
                     if callback_on_step_end is not None:
                         patches = self._call_back(

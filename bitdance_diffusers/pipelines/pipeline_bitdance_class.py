@@ -136,6 +136,8 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
         attention_kwargs: dict[str, Any] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        early_stop_threshold: float | None = None,
     ) -> BitDancePipelineOutput | tuple:
         """
         Draw pictures.
@@ -161,6 +163,12 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                 patch (twice) and a dict of `callback_on_step_end_tensor_inputs`; `latents` in the dict that it returns
                 takes the place of the (conditional) code so far.
             attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
+            guidance_interval (pair of `float`, *optional*): times, from 0 (noise) to 1 (data), between which the
+                prediction is guided (Kynkäänniemi et al., 2024, arXiv 2404.07724); elsewhere the head runs the
+                conditional rows only. None guides throughout.
+            early_stop_threshold (`float`, *optional*): between 0 and 1; a patch of a picture is finished at the first
+                evaluation of the head whose predictions are all at least so far from 0. A lower threshold saves more
+                evaluations and changes more bits. None evaluates all.
 
         Returns:
             [`BitDancePipelineOutput`], or a tuple whose first element is the images.
@@ -196,6 +204,8 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             attention_kwargs,
+            guidance_interval,
+            early_stop_threshold,
         )
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
@@ -220,7 +230,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         indices = torch.arange(side * side, device=device).view(num_patches, -1)  # (M, P)
 
         # 4. Prepare the timesteps of a patch
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        guided_evaluations = self._prepare_timesteps(num_inference_steps, guidance_interval, device)
         self._num_timesteps = num_patches
 
         # 5. Read the classes: the last block of each one's tokens predicts the first patch of its pictures
@@ -255,7 +265,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                         scale = None
                     else:
                         noise = draw_patch_noise(num_inference_steps, shape, generator, device)
-                    prediction = self._denoise_patch(condition, noise, scale)
+                    prediction = self._denoise_patch(condition, noise, scale, guided_evaluations, early_stop_threshold)
                     bits = torch.where(prediction > 0, 1.0, -1.0)
                     patches[:, i] = bits[:batch_size]
                     if len(bits) > batch_size:

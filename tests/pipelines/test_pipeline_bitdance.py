@@ -413,6 +413,66 @@ def test_a_text_tokenizer_of_another_checkpoint_is_refused(t2i_pipeline):
         BitDancePipeline(**parts)
 
 
+class TestFewerEvaluations:
+    """`guidance_interval` and `early_stop_threshold`: off by default, and no picture depends on its neighbours."""
+
+    CALL = {**QUICK, "num_inference_steps": 19, "guidance_scale": 4.0}
+
+    @pytest.fixture
+    def drawn(self, t2i_pipeline):
+        """`drawn(prompts, seeds, **call)`: the code, and the head's rows at each evaluation of the last patch."""
+        pipeline = t2i_pipeline()
+        pipeline.scheduler = BinaryDiffusionScheduler.from_config(
+            pipeline.scheduler.config, solver_type="exponential_2m"
+        )
+
+        def draw(prompts, seeds, **call):
+            rows = []
+
+            def count(module, args, kwargs):
+                if "noisy_code" in kwargs:
+                    rows.append(len(kwargs["noisy_code"]))
+                else:
+                    rows.clear()
+
+            hook = pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
+            code = pipeline(prompts, generator=[seeded(i) for i in seeds], **{**self.CALL, **call}).images
+            hook.remove()
+            return code, rows
+
+        return draw
+
+    def test_guidance_interval(self, drawn):
+        plain, rows = drawn("a", [0])
+        assert rows == [2] * 20
+        everywhere, rows = drawn("a", [0], guidance_interval=(0, 1))
+        assert rows == [2] * 20 and torch.equal(everywhere, plain)
+        _, rows = drawn("a", [0], guidance_interval=(0.25, 0.7))  # the times are 0, 0.05, ... 0.95
+        assert rows == [1] * 5 + [2] * 10 + [1] * 5
+        nowhere, rows = drawn("a", [0], guidance_interval=(0.99, 1))
+        assert rows == [1] * 20 and torch.equal(nowhere, drawn("a", [0], guidance_scale=1.0)[0])
+
+    def test_early_stop(self, drawn):
+        plain, _ = drawn("a", [0])
+        near, rows = drawn("a", [0], early_stop_threshold=1 - 1e-6)  # nothing is as certain as that
+        assert len(rows) == 20 and torch.equal(near, plain)
+        _, rows = drawn("a", [0], early_stop_threshold=1e-9)
+        assert len(rows) == 2  # everything is at the first, which is looked at after the second
+
+    @pytest.mark.parametrize("call", [{"guidance_interval": (0.1, 0.6)}, {"early_stop_threshold": 0.15}])
+    def test_together_equal_each_alone(self, drawn, call):
+        prompts = ["a", "two yellow stars", "b c d"]
+        together, rows_together = drawn(prompts, range(3), **call)
+        rows_alone = []
+        for i, prompt in enumerate(prompts):
+            alone, rows = drawn(prompt, [i], **call)
+            assert torch.equal(alone[0], together[i])
+            rows_alone.append(len(rows))
+        assert len(rows_together) == max(rows_alone)
+        if "early_stop_threshold" in call:
+            assert min(rows_alone) < len(rows_together)
+
+
 class TestBadInput:
     """A ValueError or TypeError that names the argument, before any weight is touched."""
 
@@ -443,6 +503,12 @@ class TestBadInput:
             (ValueError, "`num_images_per_prompt` is 0", {"num_images_per_prompt": 0}),
             (ValueError, "`guidance_scale` is nan", {"guidance_scale": float("nan")}),
             (TypeError, "`guidance_scale` is 'high'", {"guidance_scale": "high"}),
+            (TypeError, "`guidance_interval` is 0.5", {"guidance_interval": 0.5}),
+            (TypeError, "`guidance_interval` is \\(0, '1'\\)", {"guidance_interval": (0, "1")}),
+            (ValueError, "`guidance_interval` is \\(0.7, 0.2\\)", {"guidance_interval": (0.7, 0.2)}),
+            (ValueError, "`guidance_interval` is \\(0, 1000\\)", {"guidance_interval": (0, 1000)}),
+            (TypeError, "`early_stop_threshold` is True", {"early_stop_threshold": True}),
+            (ValueError, "`early_stop_threshold` is 1", {"early_stop_threshold": 1}),
             (ValueError, "`prompt` is an empty list", {"prompt": []}),
             (TypeError, "`prompt` is 3", {"prompt": 3}),
             (TypeError, "`prompt` holds 3", {"prompt": ["a", 3]}),

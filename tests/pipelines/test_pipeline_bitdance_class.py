@@ -64,12 +64,14 @@ class TestReferenceCase:
         torch.testing.assert_close(predictions[-1].repeat(2, 1, 1), last, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("savings", [{}, {"guidance_interval": (0.2, 0.7), "early_stop_threshold": 0.3}])
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_labels_together_equal_each_alone(class_pipeline, schedule):
+def test_labels_together_equal_each_alone(class_pipeline, schedule, savings):
     pipeline = class_pipeline("class_p4")
-    together = pipeline([1, 7, 3], generator=[seeded(i) for i in range(3)], guidance_schedule=schedule, **QUICK).images
+    call = {"guidance_schedule": schedule, **savings, **QUICK}
+    together = pipeline([1, 7, 3], generator=[seeded(i) for i in range(3)], **call).images
     for i, label in enumerate([1, 7, 3]):
-        alone = pipeline(label, generator=seeded(i), guidance_schedule=schedule, **QUICK).images
+        alone = pipeline(label, generator=seeded(i), **call).images
         assert torch.equal(alone[0], together[i])
 
 
@@ -93,7 +95,7 @@ def test_linear_schedule_samples_the_first_patch_in_two_halves(class_pipeline, m
 def test_linear_schedule_grows_with_the_patch(class_pipeline, monkeypatch):
     scales = []
     denoise = patchwise.denoise_patch
-    monkeypatch.setattr(patchwise, "denoise_patch", lambda *args: scales.append(args[-1]) or denoise(*args))
+    monkeypatch.setattr(patchwise, "denoise_patch", lambda *args: scales.append(args[4]) or denoise(*args))
     pipeline = class_pipeline("class_p4")  # 16 patches
     pipeline(1, **QUICK)
     assert scales[0] is None and scales[1:] == pytest.approx([1 + 2 * i / 16 for i in range(1, 16)])
@@ -217,6 +219,8 @@ class TestLabels:
         ),
         ({"guidance_scale": -1.0}, ValueError, "`guidance_scale` is -1.0"),
         ({"num_inference_steps": 0}, ValueError, "`num_inference_steps` is 0"),
+        ({"guidance_interval": 0.5}, TypeError, "`guidance_interval` is 0.5"),
+        ({"early_stop_threshold": 0.0}, ValueError, "`early_stop_threshold` is 0.0"),
         ({"num_images_per_label": 1.5}, TypeError, "`num_images_per_label` is 1.5"),
         ({"generator": [seeded(0)] * 2}, ValueError, "`generator` is a list of 2"),
         ({"output_type": "jpg"}, ValueError, "`output_type` is 'jpg'"),

@@ -86,30 +86,63 @@ class IsingLike:
         return torch.softmax(self.log_probability + agreement, dim=1) @ self.codes
 
     def total_variation(self, samples):
-        index = ((samples > 0).long() * 2 ** torch.arange(samples.shape[1] - 1, -1, -1)).sum(1)
-        frequency = torch.bincount(index, minlength=len(self.codes)) / len(samples)
-        return 0.5 * float((frequency - self.log_probability.exp()).abs().sum())
+        return total_variation(frequencies(samples), self.log_probability.exp())
 
 
-def sample(law, solver, steps, count=20_000):
+def frequencies(samples):
+    """How often every code was drawn, (2^bits,)."""
+    index = ((samples > 0).long() * 2 ** torch.arange(samples.shape[1] - 1, -1, -1)).sum(1)
+    return torch.bincount(index, minlength=2 ** samples.shape[1]) / len(samples)
+
+
+def total_variation(one, other):
+    return 0.5 * float((one - other).abs().sum())
+
+
+def sample(laws, solver, steps, guidance_scale=None, seed=1, count=20_000, **options):
+    """Samples (count, bits) of the one law, or of the first guided away from the second."""
     scheduler = BinaryDiffusionScheduler(solver_type=solver)
     scheduler.set_timesteps(steps)
-    bits = law.codes.shape[1]
-    noise = draw_patch_noise(steps, (count, 1, bits), torch.Generator().manual_seed(1), torch.device("cpu"))
+    bits = laws[0].codes.shape[1]
+    noise = draw_patch_noise(steps, (count, 1, bits), torch.Generator().manual_seed(seed), torch.device("cpu"))
 
     def predict(noisy, t):
-        return law.posterior_mean(noisy[:, 0], t)[:, None]
+        halves = noisy[:, 0].chunk(len(laws))
+        return torch.cat([law.posterior_mean(half, t) for law, half in zip(laws, halves, strict=True)])[:, None]
 
-    return denoise_patch(predict, scheduler.timesteps, noise, scheduler, None)[:, 0]
+    return denoise_patch(predict, scheduler.timesteps, noise, scheduler, guidance_scale, **options)[:, 0]
 
 
 @pytest.mark.parametrize("bits, seed", [(8, 0), (8, 1), (9, 2)])
 def test_twelve_second_order_evaluations_match_fifty_of_euler_maruyama(bits, seed):
     law = IsingLike(bits, seed)
-    euler = law.total_variation(sample(law, "euler_maruyama", 49))
-    second = law.total_variation(sample(law, "exponential_2m", 11))
+    euler = law.total_variation(sample([law], "euler_maruyama", 49))
+    second = law.total_variation(sample([law], "exponential_2m", 11))
     assert second < euler + 0.01
-    assert law.total_variation(sample(law, "euler_maruyama", 11)) > second + 0.02  # the test can tell
+    assert law.total_variation(sample([law], "euler_maruyama", 11)) > second + 0.02  # the test can tell
+
+
+def test_twenty_second_order_evaluations_match_fifty_of_euler_maruyama_with_guidance():
+    """Guidance has no law to compute, but a limit of many small steps."""
+    laws = IsingLike(8, 1), IsingLike(8, 11)
+    limit = frequencies(sample(laws, "euler_maruyama", 200, 7.5, seed=2))
+
+    def distance(solver, evaluations):
+        return total_variation(frequencies(sample(laws, solver, evaluations - 1, 7.5)), limit)
+
+    second = distance("exponential_2m", 20)
+    assert second < distance("euler_maruyama", 51) + 0.01
+    assert distance("euler_maruyama", 20) > second + 0.01  # the test can tell
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 7.5])
+def test_an_early_stop_keeps_the_law(guidance_scale):
+    laws = [IsingLike(8, 1), IsingLike(8, 11)][: 1 if guidance_scale is None else 2]
+    plain = frequencies(sample(laws, "exponential_2m", 19, guidance_scale))
+    stopped = frequencies(sample(laws, "exponential_2m", 19, guidance_scale, early_stop_threshold=0.95))
+    assert total_variation(stopped, plain) < 0.01
+    hasty = frequencies(sample(laws, "exponential_2m", 19, guidance_scale, early_stop_threshold=0.5))
+    assert total_variation(hasty, plain) > 0.02  # the test can tell
 
 
 def test_add_noise_interpolates_from_noise_to_data():
