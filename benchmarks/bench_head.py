@@ -40,6 +40,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in (("rows", min(args.rows)), ("evaluations", args.evaluations), ("runs", args.runs)):
         if value < 1:
             parser.error(f"--{name} has to be at least 1 but is {value}.")
+    if args.device == "cpu" and args.compile != "default":
+        parser.error(f"--compile {args.compile}: a CPU has one way, without a mode.")
     if args.dtype is None:
         args.dtype = "float32" if args.device == "cpu" else "bfloat16"
     return args

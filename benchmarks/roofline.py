@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bitdance_diffusers.models.binary_diffusion_head import TIMESTEP_FEATURES
-from bitdance_diffusers.pipelines.patchwise import MODULATED_TOKENS
+from bitdance_diffusers.pipelines.patchwise import num_modulation_chunks
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,8 @@ def picture(
     for i in range(1, num_patches):
         visible = sum(text_lengths) / rows + i * patch_tokens
         feedback.append(decoder_pass(config, rows, patch_tokens, visible, element_size))
-    at_once = max(1, MODULATED_TOKENS // (rows * patch_tokens))
-    num_modulations = [min(at_once, num_evaluations - i) for i in range(0, num_evaluations, at_once)]
-    modulations = [head_modulations(config, rows, number, element_size) for number in num_modulations]
+    chunks = torch.empty(num_evaluations).tensor_split(num_modulation_chunks(num_evaluations, rows * patch_tokens))
+    modulations = [head_modulations(config, rows, len(chunk), element_size) for chunk in chunks]
     head = head_evaluation(config, rows, element_size)
     return {
         "text": [text],

@@ -52,12 +52,12 @@ def denoise_patch(
         guided_evaluations (n + 1): with guidance, which evaluations are guided; the others run the conditional rows
             only. None guides all.
         early_stop_threshold: a picture's bits are taken from the first evaluation whose conditional predictions are
-            all at least so far from 0, and nothing is evaluated once every picture's are. A prediction is the mean of
-            its bit given the noisy ones, so that at 0.95 a bit is in doubt by 2.5 %. Since the others do not change
-            which evaluation a picture is taken from, it still does not depend on its neighbours.
+            all at least so far from 0, and evaluations end soon after every picture's are. A prediction is the mean of
+            its bit given the noisy ones, so that at 0.95 a bit is in doubt by 2.5 %. Which evaluation a picture's
+            bits are taken from does not depend on its neighbours. None takes the last of all.
 
     Returns:
-        (B, P, C) float32: the last (guided) prediction, whose signs are the bits.
+        (B, P, C) float32: the (guided) prediction whose signs are the bits.
     """
     coefficients = scheduler.step_coefficients
     noise[1:] *= coefficients[:, -1, None, None, None]
@@ -77,9 +77,9 @@ def denoise_patch(
         else:
             result = torch.where(settled, result, prediction)
             settled = settled | (conditional.abs().amin(dim=(1, 2), keepdim=True) >= early_stop_threshold)
-            if i % EARLY_STOP_INTERVAL == EARLY_STOP_INTERVAL - 1 and bool(settled.all()):
-                break
         if i < len(coefficients):
+            if early_stop_threshold is not None and (i + 1) % EARLY_STOP_INTERVAL == 0 and bool(settled.all()):
+                break
             sample = update_sample(sample, prediction, previous, noise[i + 1], coefficients[i])
             if scheduler.uses_previous_prediction:
                 previous = prediction

@@ -185,7 +185,7 @@ class BlockCausalAttnProcessor:
         if kv_cache is None:
             hidden_states = self.attend(query, key, value, attention_mask=attention_mask)
         else:
-            hidden_states = self.attend_cached(attn, query, key, value, kv_cache, block_size)
+            hidden_states = self.attend_cached(query, key, value, kv_cache, block_size)
         return attn.to_out[0](hidden_states.flatten(2, 3))
 
     def attend(
@@ -213,7 +213,6 @@ class BlockCausalAttnProcessor:
 
     def attend_cached(
         self,
-        attn: "BlockCausalAttention",
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -236,7 +235,7 @@ class BlockCausalAttnProcessor:
             num_causal = num_new - block_size
             # Query heads that share their keys see the same tokens: they become more tokens of fewer heads, so that
             # nothing of the cache is repeated. (B, S, K g, d) -> (B, S g, K, d)
-            folded = new_query[:, num_causal:].unflatten(2, (attn.kv_heads, -1)).transpose(2, 3).flatten(1, 2)
+            folded = new_query[:, num_causal:].unflatten(2, (key.shape[2], -1)).transpose(2, 3).flatten(1, 2)
             output = self.attend(folded, visible_keys, visible_values)
             output = output.unflatten(1, (block_size, -1)).transpose(2, 3).flatten(2, 3)
             if num_causal > 0:

@@ -12,9 +12,10 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from ..patch_order import grid_to_patches, patches_to_grid
 from ..sampling import denoise_patch
 
-# Modulations are formed for so many tokens at once, of as many evaluations of the head as that makes: enough to be
-# bound by their products and not by reading the weights, and few enough to be kept.
+# Modulations are formed for so many tokens at once or up to twice that, of as many evaluations of the head as that
+# makes: enough to be bound by their products and not by reading the weights, and few enough to be kept.
 MODULATED_TOKENS = 512
+TIME_TOLERANCE = 1e-6  # the times are float32
 GRAPH_DEVICES = ("cuda",)  # where a compiled call may overwrite what the one before it returned
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -50,6 +51,14 @@ def check_early_stop_threshold(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` is {value!r}; it has to be a number, or None.")
     if not 0 < value < 1:
         raise ValueError(f"`{name}` is {value}; it has to be between 0 and 1.")
+
+
+def num_modulation_chunks(num_evaluations: int, num_tokens: int) -> int:
+    """
+    In how many chunks to form the modulations of a patch of `num_tokens` tokens, all rows together. No chunk is a
+    single evaluation unless all are: a compiled graph of many takes any number but one.
+    """
+    return max(1, num_evaluations // max(1, MODULATED_TOKENS // num_tokens))
 
 
 class PatchwisePipelineMixin:
@@ -154,20 +163,19 @@ class PatchwisePipelineMixin:
             return latents.to(device, torch.float32, copy=True)
         return torch.zeros(self._latents_shape(batch_size, height, width), device=device)
 
-    def _prepare_timesteps(
-        self, num_inference_steps: int, guidance_interval: tuple[float, float] | None, device: torch.device
-    ) -> list[bool]:
-        """Prepare the scheduler; which evaluations of the head stand in `guidance_interval`, all where it is None."""
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        low, high = guidance_interval or (0, 1)
-        return [low <= t <= high for t in self.scheduler.timesteps.tolist()]
+    def _guided_evaluations(self, guidance_interval: tuple[float, float] | None) -> list[bool] | None:
+        """Which evaluations of a patch stand in the interval; None where there is no interval."""
+        if guidance_interval is None:
+            return None
+        low, high = guidance_interval
+        return [low - TIME_TOLERANCE <= t <= high + TIME_TOLERANCE for t in self.scheduler.timesteps.tolist()]
 
     def _denoise_patch(
         self,
         condition: torch.Tensor,
         noise: torch.Tensor,
         guidance_scale: float | None,
-        guided_evaluations: list[bool],
+        guided_evaluations: list[bool] | None,
         early_stop_threshold: float | None,
     ) -> torch.Tensor:
         """[`denoise_patch`] by the transformer's head, for its `condition` (R, P, D): predicted bits (B, P, C)."""
@@ -180,9 +188,10 @@ class PatchwisePipelineMixin:
                 return_dict=False,
             )[0]
 
-        def modulations() -> Iterator[tuple[torch.Tensor, ...]]:
-            evaluations = max(1, MODULATED_TOKENS // (condition.shape[0] * condition.shape[1]))
-            for timesteps in self.scheduler.timesteps.split(evaluations):
+        def form_modulations() -> Iterator[tuple[torch.Tensor, ...]]:
+            all_timesteps = self.scheduler.timesteps
+            num_chunks = num_modulation_chunks(len(all_timesteps), condition.shape[0] * condition.shape[1])
+            for timesteps in all_timesteps.tensor_split(num_chunks):
                 torch._dynamo.maybe_mark_dynamic(timesteps, 0)
                 chunks = self.transformer(
                     condition=condition,
@@ -196,7 +205,7 @@ class PatchwisePipelineMixin:
 
         return denoise_patch(
             predict,
-            modulations(),
+            form_modulations(),
             noise,
             self.scheduler,
             guidance_scale,

@@ -325,11 +325,11 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
             max_sequence_length (`int`): most tokens that a text may have in its frame. Nothing is cut off.
             guidance_interval (pair of `float`, *optional*): times, from 0 (noise) to 1 (data), between which the
-                prediction is guided (Kynkäänniemi et al., 2024, arXiv 2404.07724); elsewhere the head runs the
+                prediction is guided (Kynkäänniemi et al., 2024, arXiv 2404.07724); elsewhere the head evaluates the
                 conditional rows only. None guides throughout.
             early_stop_threshold (`float`, *optional*): between 0 and 1; a patch of a picture is finished at the first
-                evaluation of the head whose predictions are all at least so far from 0. A lower threshold saves more
-                evaluations and changes more bits. None evaluates all.
+                evaluation of the head whose conditional predictions are all at least so far from 0. A lower
+                threshold saves more evaluations and changes more bits. None evaluates all.
 
         Returns:
             [`BitDancePipelineOutput`], or a tuple whose first element is the images.
@@ -427,7 +427,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         torch._dynamo.maybe_mark_dynamic(text_embeds, 1)  # a compiled transformer takes texts of any length
 
         # 4. Prepare the timesteps of a patch
-        guided_evaluations = self._prepare_timesteps(num_inference_steps, guidance_interval, device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        guided_evaluations = self._guided_evaluations(guidance_interval)
         self._num_timesteps = num_patches
 
         # 5. Read the texts: the last block of each predicts the first patch of its pictures

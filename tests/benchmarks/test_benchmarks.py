@@ -1,8 +1,11 @@
 """What the benchmarks measure with, and that they run."""
 
+import argparse
 import json
 import re
 
+import bench_head
+import bench_solvers
 import bench_text_to_image
 import bench_training
 import bench_vae
@@ -83,6 +86,40 @@ def test_text_to_image_runs(config, tmp_path, capsys):
     assert record["seconds"].keys() == {"pipeline", "bare forwards", "plain loop"}
     assert all(len(runs) == 2 and min(runs) > 0 for runs in record["seconds"].values())
     assert record["least_seconds"] > 0
+
+
+def test_head_runs(config, tmp_path, capsys):
+    """Compiled as for a CPU."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["--config", str(tmp_path / "config.json"), "--rows", "2", "--evaluations", "2", "--runs", "1"]
+    bench_head.main(arguments)
+    [result] = read_record(capsys.readouterr().out)["results"]
+    assert result["compiled_difference"] < 1e-4
+    assert result["seconds_per_evaluation"].keys() == result["operators"].keys() | {"compiled"}
+    assert result["operators"]["products"] == 2 + 4 * 4  # in and out; and four of each block
+
+
+def test_a_cpu_has_one_way_to_compile(capsys):
+    with pytest.raises(SystemExit):
+        bench_text_to_image.parse_args(["--compile", "reduce-overhead"])
+    assert "--compile reduce-overhead" in capsys.readouterr().err
+    assert bench_text_to_image.parse_args(["--compile", "reduce-overhead", "--device", "cuda"]).compile
+
+
+def test_variants_of_solvers():
+    assert bench_solvers.parse_variant("exponential_2m:20") == ("exponential_2m", 20, {})
+    options = {"early_stop_threshold": 0.95, "guidance_interval": [0, 0.7]}
+    parsed = bench_solvers.parse_variant("exponential:8:early_stop_threshold=0.95:guidance_interval=0,0.7")
+    assert parsed == ("exponential", 8, options)
+    for bad in (
+        "exponential",
+        "euler:20",
+        "exponential:1",
+        "exponential:8:shift=2",
+        "exponential:8:guidance_interval=a",
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=bad):
+            bench_solvers.parse_variant(bad)
 
 
 def test_vae_runs(capsys):

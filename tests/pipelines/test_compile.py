@@ -20,6 +20,12 @@ class Graphs:
         return graph
 
 
+@pytest.fixture(autouse=True)
+def several_chunks_of_modulations(monkeypatch):
+    """Of the 5 evaluations of a patch 3, then 2."""
+    monkeypatch.setattr(patchwise, "MODULATED_TOKENS", 16)
+
+
 @pytest.fixture
 def graphs():
     torch._dynamo.reset()
@@ -28,7 +34,7 @@ def graphs():
 
 
 def draw(pipeline, prompt="a fox", **call):
-    call = {**SIZE, "num_inference_steps": 3, "output_type": "latent", **call}
+    call = {**SIZE, "num_inference_steps": 4, "output_type": "latent", **call}
     return pipeline(prompt, generator=torch.Generator().manual_seed(0), **call).images
 
 
@@ -55,7 +61,7 @@ def test_compiled_once(t2i_pipeline, graphs, how):
 
 def test_class_pipeline_compiled_once(class_pipeline, graphs):
     pipeline = class_pipeline("class_p4")
-    call = {"num_inference_steps": 3, "output_type": "latent"}
+    call = {"num_inference_steps": 4, "output_type": "latent"}
     expected = [pipeline(label, generator=torch.Generator().manual_seed(0), **call).images for label in (1, 7)]
     pipeline.transformer.compile(fullgraph=True, backend=graphs)
     for _ in range(2):
@@ -72,7 +78,7 @@ def test_outputs_may_be_overwritten_by_the_next_call(t2i_pipeline, class_pipelin
         (t2i_pipeline(), {**SIZE, "prompt": "a fox"}),
         (class_pipeline("class_p4"), {"class_labels": 1}),
     ):
-        call |= {"num_inference_steps": 3, "guidance_scale": guidance_scale, "output_type": "latent"}
+        call |= {"num_inference_steps": 4, "guidance_scale": guidance_scale, "output_type": "latent"}
         pipeline.scheduler.register_to_config(solver_type="exponential_2m")
         expected = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
         returned = []
@@ -87,17 +93,19 @@ def test_outputs_may_be_overwritten_by_the_next_call(t2i_pipeline, class_pipelin
 
 
 def test_compiled_with_inductor_agrees_with_eager(t2i_pipeline):
-    """The real thing, once: a head evaluation through the default backend."""
+    """The real thing, once: a head evaluation and its modulations through the default backend."""
     transformer = t2i_pipeline().transformer
     generator = torch.Generator().manual_seed(0)
     condition = torch.randn(2, 4, transformer.config.hidden_size, generator=generator)
+    noisy_code = torch.randn(2, 4, 8, generator=generator)
+
+    def evaluate(transformer):
+        modulations = transformer(condition=condition, timestep=torch.tensor([0.1, 0.3])).modulations
+        chosen = tuple(chunk[1] for chunk in modulations)
+        return modulations, transformer(noisy_code=noisy_code, modulations=chosen).sample
+
     with torch.no_grad():
-        modulations = transformer(condition=condition, timestep=torch.tensor([0.3])).modulations
-        call = {
-            "noisy_code": torch.randn(2, 4, 8, generator=generator),
-            "modulations": tuple(chunk[0] for chunk in modulations),
-        }
-        eager = transformer(**call).sample
+        eager = evaluate(transformer)
         torch._dynamo.reset()
-        compiled = torch.compile(transformer, fullgraph=True)(**call).sample
+        compiled = evaluate(torch.compile(transformer, fullgraph=True))
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=0)

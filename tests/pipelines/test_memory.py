@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+import torchao
 from accelerate import cpu_offload
 from accelerate.hooks import CpuOffload
 from diffusers import PipelineQuantizationConfig, TorchAoConfig
@@ -97,9 +98,9 @@ def test_half_precision_keeps_the_sampler_in_float32(t2i_pipeline, monkeypatch, 
     dtypes = set()
     update = sampling.update_sample
 
-    def record(sample, prediction, previous, noise, coefficients):
-        result = update(sample, prediction, previous, noise, coefficients)
-        dtypes.update(x.dtype for x in (sample, prediction, noise, coefficients, result))
+    def record(sample, prediction, previous, scaled_noise, coefficients):
+        result = update(sample, prediction, previous, scaled_noise, coefficients)
+        dtypes.update(x.dtype for x in (sample, prediction, scaled_noise, coefficients, result))
         return result
 
     monkeypatch.setattr(sampling, "update_sample", record)
@@ -200,8 +201,7 @@ def test_a_hundred_calls_leave_nothing_behind(t2i_pipeline):
 )
 def test_torchao_quantization(t2i_pipeline_path, draw, tmp_path, name, tensor, kept):
     """The transformer in 8 bits, with its head or without it; saved and loaded again."""
-    torchao = pytest.importorskip("torchao.quantization")
-    config = TorchAoConfig(getattr(torchao, name)(), modules_to_not_convert=kept)
+    config = TorchAoConfig(getattr(torchao.quantization, name)(), modules_to_not_convert=kept)
     pipeline = BitDancePipeline.from_pretrained(
         t2i_pipeline_path,
         quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config}),

@@ -58,6 +58,15 @@ class TestReferenceCase:
         picture = pipeline(**call, generator=seeded(case[0]["seed"]), output_type="pt").images
         torch.testing.assert_close(picture, (image / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
 
+    @pytest.mark.parametrize("num_tokens", [1, 100])
+    def test_bits_do_not_depend_on_how_many_modulations_are_formed_at_once(
+        self, t2i_pipeline, case, run, monkeypatch, num_tokens
+    ):
+        monkeypatch.setattr(patchwise, "MODULATED_TOKENS", num_tokens)
+        call, tokens, _ = run
+        code = t2i_pipeline()(**call, generator=seeded(case[0]["seed"]), output_type="latent").images
+        assert torch.equal(grid_to_patches(code, 2).flatten(1, 2), tokens)
+
     def test_conditions_and_predictions(self, t2i_pipeline, case, monkeypatch):
         info, expected = case
         pipeline = t2i_pipeline()
@@ -432,7 +441,7 @@ class TestFewerEvaluations:
             def count(module, args, kwargs):
                 if "noisy_code" in kwargs:
                     rows.append(len(kwargs["noisy_code"]))
-                else:
+                elif "code" in kwargs:  # the next patch
                     rows.clear()
 
             hook = pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
@@ -447,8 +456,11 @@ class TestFewerEvaluations:
         assert rows == [2] * 20
         everywhere, rows = drawn("a", [0], guidance_interval=(0, 1))
         assert rows == [2] * 20 and torch.equal(everywhere, plain)
-        _, rows = drawn("a", [0], guidance_interval=(0.25, 0.7))  # the times are 0, 0.05, ... 0.95
+        # The times are 0, 0.05, ... 0.95 in float32: 0.6 is above it there, 0.5 and 0.7 below.
+        _, rows = drawn("a", [0], guidance_interval=(0.25, 0.7))
         assert rows == [1] * 5 + [2] * 10 + [1] * 5
+        _, rows = drawn("a", [0], guidance_interval=(0.5, 0.6))
+        assert rows == [1] * 10 + [2] * 3 + [1] * 7
         nowhere, rows = drawn("a", [0], guidance_interval=(0.99, 1))
         assert rows == [1] * 20 and torch.equal(nowhere, drawn("a", [0], guidance_scale=1.0)[0])
 
