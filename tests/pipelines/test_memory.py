@@ -119,6 +119,12 @@ def test_attention_backend(t2i_pipeline, draw, expected):
     assert_same(draw(pipeline), expected)
 
 
+def test_inference_mode(t2i_pipeline, draw, expected):
+    with torch.inference_mode():
+        picture = draw(t2i_pipeline())
+    assert_same(picture, expected)
+
+
 def test_generation_needs_no_attention_mask(t2i_pipeline, draw, monkeypatch):
     """Flash, sage and cuDNN attention refuse masks and `enable_gqa`."""
     from bitdance_diffusers.models import binary_diffusion_head, block_causal_decoder
