@@ -71,7 +71,7 @@ def score(
 
     def count(module: BitDanceTransformer, _: tuple, inputs: dict[str, Any]) -> None:
         nonlocal rows
-        rows += len(inputs["noisy_code"]) if inputs.get("noisy_code") is not None else 0
+        rows += len(inputs["noisy_code"]) if "noisy_code" in inputs else 0
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         nonlocal patches

@@ -77,11 +77,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "num_inference_steps", "against_steps", "runs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
-    if args.device == "cpu" and args.compile not in (None, "default"):
-        parser.error(f"--compile {args.compile}: a CPU has one way, --compile without a mode.")
+    check_compile_mode(parser, args)
     if args.dtype is None:
         args.dtype = "float32" if args.device == "cpu" else "bfloat16"
     return args
+
+
+def check_compile_mode(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.device == "cpu" and args.compile not in (None, "default"):
+        parser.error(f"--compile {args.compile}: a CPU has one way, without a mode.")
 
 
 def compile_options(device: torch.device, mode: str) -> dict[str, Any]:

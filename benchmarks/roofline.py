@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bitdance_diffusers.models.binary_diffusion_head import TIMESTEP_FEATURES
-from bitdance_diffusers.pipelines.patchwise import num_modulation_chunks
+from bitdance_diffusers.pipelines.patchwise import split_timesteps
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def picture(
     for i in range(1, num_patches):
         visible = sum(text_lengths) / rows + i * patch_tokens
         feedback.append(decoder_pass(config, rows, patch_tokens, visible, element_size))
-    chunks = torch.empty(num_evaluations).tensor_split(num_modulation_chunks(num_evaluations, rows * patch_tokens))
+    chunks = split_timesteps(torch.empty(num_evaluations), rows * patch_tokens)
     modulations = [head_modulations(config, rows, len(chunk), element_size) for chunk in chunks]
     head = head_evaluation(config, rows, element_size)
     return {

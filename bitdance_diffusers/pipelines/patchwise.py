@@ -28,37 +28,25 @@ def check_positive_integer(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value}; it has to be a positive integer.")
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_guidance_scale(name: str, value: Any) -> None:
     """Raises a `TypeError` or `ValueError` that names the argument."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not is_number(value):
         raise TypeError(f"`{name}` is {value!r}; it has to be a number.")
     if not 0 <= value < float("inf"):
         raise ValueError(f"`{name}` is {value}; it has to be finite and not negative.")
 
 
-def check_guidance_interval(name: str, value: Any) -> None:
-    """Raises a `TypeError` or `ValueError` that names the argument."""
-    numbers = value if isinstance(value, (tuple, list)) else []
-    if len(numbers) != 2 or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
-        raise TypeError(f"`{name}` is {value!r}; it has to be a pair of numbers, or None.")
-    if not 0 <= value[0] <= value[1] <= 1:
-        raise ValueError(f"`{name}` is {value!r}; the two have to ascend, from 0 (noise) to 1 (data).")
-
-
-def check_early_stop_threshold(name: str, value: Any) -> None:
-    """Raises a `TypeError` or `ValueError` that names the argument."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"`{name}` is {value!r}; it has to be a number, or None.")
-    if not 0 < value < 1:
-        raise ValueError(f"`{name}` is {value}; it has to be between 0 and 1.")
-
-
-def num_modulation_chunks(num_evaluations: int, num_tokens: int) -> int:
+def split_timesteps(timesteps: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, ...]:
     """
-    In how many chunks to form the modulations of a patch of `num_tokens` tokens, all rows together. No chunk is a
-    single evaluation unless all are: a compiled graph of many takes any number but one.
+    The times of a patch's evaluations, in parts whose modulations are formed together; the patch has `num_tokens`
+    tokens, all rows together. No part is a single evaluation unless all are: a compiled graph of many takes any
+    number but one.
     """
-    return max(1, num_evaluations // max(1, MODULATED_TOKENS // num_tokens))
+    return timesteps.tensor_split(max(1, len(timesteps) // max(1, MODULATED_TOKENS // num_tokens)))
 
 
 class PatchwisePipelineMixin:
@@ -98,9 +86,20 @@ class PatchwisePipelineMixin:
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
         if guidance_interval is not None:
-            check_guidance_interval("guidance_interval", guidance_interval)
+            pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
+            if not pair or not all(is_number(time) for time in guidance_interval):
+                raise TypeError(
+                    f"`guidance_interval` is {guidance_interval!r}; it has to be a pair of numbers, or None."
+                )
+            if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+                raise ValueError(
+                    f"`guidance_interval` is {guidance_interval!r}; they have to ascend, from 0 (noise) to 1 (data)."
+                )
         if early_stop_threshold is not None:
-            check_early_stop_threshold("early_stop_threshold", early_stop_threshold)
+            if not is_number(early_stop_threshold):
+                raise TypeError(f"`early_stop_threshold` is {early_stop_threshold!r}; it has to be a number, or None.")
+            if not 0 < early_stop_threshold < 1:
+                raise ValueError(f"`early_stop_threshold` is {early_stop_threshold}; it has to be between 0 and 1.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -189,9 +188,7 @@ class PatchwisePipelineMixin:
             )[0]
 
         def form_modulations() -> Iterator[tuple[torch.Tensor, ...]]:
-            all_timesteps = self.scheduler.timesteps
-            num_chunks = num_modulation_chunks(len(all_timesteps), condition.shape[0] * condition.shape[1])
-            for timesteps in all_timesteps.tensor_split(num_chunks):
+            for timesteps in split_timesteps(self.scheduler.timesteps, condition.shape[0] * condition.shape[1]):
                 torch._dynamo.maybe_mark_dynamic(timesteps, 0)
                 chunks = self.transformer(
                     condition=condition,
