@@ -3,7 +3,7 @@
 Shapes: B pictures, P tokens a patch, C bits a token, n steps (n + 1 evaluations of the head).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -30,7 +30,7 @@ def draw_patch_noise(
 
 def denoise_patch(
     predict: Callable[[torch.Tensor, tuple[torch.Tensor, ...]], torch.Tensor],
-    modulations: Iterable[tuple[torch.Tensor, ...]],
+    modulations: Iterator[tuple[torch.Tensor, ...]],
     noise: torch.Tensor,
     scheduler: BinaryDiffusionScheduler,
     guidance_scale: float | None,
@@ -60,18 +60,24 @@ def denoise_patch(
         (B, P, C) float32: the (guided) prediction whose signs are the bits.
     """
     coefficients = scheduler.step_coefficients
-    noise[1:] *= coefficients[:, -1, None, None, None]
-    sample = result = noise[0]
+    noise[1:] *= scheduler.noise_scales[:, None, None, None]
+    # An update is a few operators on little data, bound by launching them. Its noise stands there once for each half,
+    # and so does what it makes: the noisy bits.
+    noises = noise[:, None].expand(-1, 1 if guidance_scale is None else 2, -1, -1, -1).unbind()
+    sample = noises[0].contiguous()  # (1 or 2, B, P, C)
+    result = noise[0]
     previous = None
-    settled = torch.zeros(len(sample), 1, 1, dtype=torch.bool, device=sample.device)
-    for i, modulation in enumerate(modulations):
+    settled = torch.zeros(len(result), 1, 1, dtype=torch.bool, device=noise.device)
+    for i in range(len(noises)):
+        modulation = next(modulations)
         if guidance_scale is not None and (guided_evaluations is None or guided_evaluations[i]):
-            conditional, unconditional = predict(torch.cat([sample, sample]), modulation).float().chunk(2)
+            conditional, unconditional = predict(sample.flatten(0, 1), modulation).float().chunk(2)
             prediction = torch.add(unconditional, conditional - unconditional, alpha=guidance_scale)
         else:
             if guidance_scale is not None:
-                modulation = tuple(chunk[: len(sample)] for chunk in modulation)
-            conditional = prediction = predict(sample, modulation).to(torch.float32, copy=True)
+                modulation = tuple(chunk[: len(result)] for chunk in modulation)
+            conditional = prediction = predict(sample[0], modulation).to(torch.float32, copy=True)
+        del modulation  # the last reference to a part of them, before the next part is formed
         if early_stop_threshold is None:
             result = prediction
         else:
@@ -80,7 +86,7 @@ def denoise_patch(
         if i < len(coefficients):
             if early_stop_threshold is not None and (i + 1) % EARLY_STOP_INTERVAL == 0 and bool(settled.all()):
                 break
-            sample = update_sample(sample, prediction, previous, noise[i + 1], coefficients[i])
+            sample = update_sample(sample, prediction, previous, noises[i + 1], coefficients[i])
             if scheduler.uses_previous_prediction:
                 previous = prediction
     return result

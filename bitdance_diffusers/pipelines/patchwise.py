@@ -199,6 +199,7 @@ class PatchwisePipelineMixin:
                 if condition.device.type in GRAPH_DEVICES:
                     chunks = [chunk.clone() for chunk in chunks]
                 yield from zip(*chunks, strict=True)
+                del chunks  # before the next part is formed
 
         return denoise_patch(
             predict,

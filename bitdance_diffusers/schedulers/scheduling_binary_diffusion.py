@@ -9,6 +9,7 @@ to t = 0.95, and ends with one more prediction, which is the sample.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,18 +43,16 @@ def update_sample(
     prediction: torch.Tensor,
     previous_prediction: torch.Tensor | None,
     scaled_noise: torch.Tensor,
-    coefficients: torch.Tensor,
+    coefficients: Sequence[float],
 ) -> torch.Tensor:
     """
-    One step of any solver, an affine map of what it is given. `coefficients` (4,) is a row of
-    [`BinaryDiffusionScheduler.step_coefficients`]; its last has been multiplied with the noise already.
+    One step of any solver, an affine map of what it is given. The three `coefficients` are an entry of
+    [`BinaryDiffusionScheduler.step_coefficients`]; the noise has been multiplied with its scale.
     `previous_prediction` may be None where its coefficient is 0.
     """
-    keep, toward, correct, _ = coefficients.unbind()
-    sample = torch.addcmul(keep * sample, prediction, toward)
-    if previous_prediction is not None:
-        sample = torch.addcmul(sample, prediction - previous_prediction, correct)
-    return sample + scaled_noise
+    keep, toward, back = coefficients
+    sample = torch.add(scaled_noise, sample, alpha=keep).add_(prediction, alpha=toward)
+    return sample if previous_prediction is None else sample.add_(previous_prediction, alpha=back)
 
 
 class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
@@ -104,14 +103,15 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = None
         self.timesteps = None
         self.step_coefficients = None
+        self.noise_scales = None
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """
         Prepare a run of `num_inference_steps` steps.
 
-        Sets `timesteps` (num_inference_steps + 1,), float32, ascending: the time of every evaluation of the head; and
-        `step_coefficients` (num_inference_steps, 4): for [`update_sample`], row i is step i's, of the sample, the
-        prediction, its change since the step before, and the noise.
+        Sets `timesteps` (num_inference_steps + 1,), float32, ascending: the time of every evaluation of the head;
+        `step_coefficients`, three numbers for each step: what [`update_sample`] multiplies the sample, the prediction
+        and the prediction of the step before with; and `noise_scales` (num_inference_steps,), the same for the noise.
         """
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it has to be a positive integer.")
@@ -133,7 +133,8 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 ahead = log_snr.diff()
                 correct[1:] = toward[1:] * ahead[1:] / (2 * ahead[:-1])
         self.num_inference_steps = num_inference_steps
-        self.step_coefficients = torch.stack([keep, toward, correct, spread], dim=1).to(device)
+        self.step_coefficients = torch.stack([keep, toward + correct, -correct], dim=1).tolist()
+        self.noise_scales = spread.to(device)
         # The last evaluation stands at 0.95 whatever the shift.
         self.timesteps = torch.cat([t, torch.tensor([LAST_TIMESTEP])]).to(device)
 
@@ -170,8 +171,8 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         prev_sample = model_output
         if index < self.num_inference_steps:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
-            coefficients = self.step_coefficients[index].to(sample.device)
-            scaled_noise = coefficients[-1] * noise
+            scaled_noise = self.noise_scales[index].to(sample.device) * noise
+            coefficients = self.step_coefficients[index]
             prev_sample = update_sample(sample, model_output, previous_model_output, scaled_noise, coefficients)
         return BinaryDiffusionSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 

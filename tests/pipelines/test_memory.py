@@ -1,6 +1,7 @@
 """Memory: what a call allocates; and, on a CPU, offloading and casting, which fail if a weight misses its hook."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from accelerate.hooks import CpuOffload
 from diffusers import PipelineQuantizationConfig, TorchAoConfig
 
 from bitdance_diffusers import BitDancePipeline
+from bitdance_diffusers.pipelines import patchwise
 
 CALL = {"prompt": "a fox", "height": 8, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
 CPU = torch.device("cpu")
@@ -100,7 +102,7 @@ def test_half_precision_keeps_the_sampler_in_float32(t2i_pipeline, monkeypatch, 
 
     def record(sample, prediction, previous, scaled_noise, coefficients):
         result = update(sample, prediction, previous, scaled_noise, coefficients)
-        dtypes.update(x.dtype for x in (sample, prediction, scaled_noise, coefficients, result))
+        dtypes.update(x.dtype for x in (sample, prediction, scaled_noise, result))
         return result
 
     monkeypatch.setattr(sampling, "update_sample", record)
@@ -171,7 +173,7 @@ def test_a_call_needs_its_cache_and_little_else(t2i_pipeline):
     for height, width in ((16, 32), (32, 64)):
 
         def draw(height=height, width=width):
-            pipeline("a fox", height=height, width=width, num_inference_steps=2, output_type="latent")
+            pipeline("a fox", height=height, width=width, num_inference_steps=8, output_type="latent")
 
         draw()  # what is made once
         peaks.append(allocations(draw)[0])
@@ -183,6 +185,26 @@ def test_a_call_needs_its_cache_and_little_else(t2i_pipeline):
     grown, cache_grown, code_grown = (after - before for before, after in (peaks, cache_bytes, codes))
     assert cache_grown <= grown <= cache_grown + 8 * code_grown
     assert peaks[1] - cache_bytes[1] < 2**20
+
+
+def test_modulations_are_let_go_before_the_next_are_formed(t2i_pipeline, draw, expected, monkeypatch):
+    monkeypatch.setattr(patchwise, "MODULATED_TOKENS", 1)  # a part is as small as it gets
+    pipeline = t2i_pipeline()
+    formed, alive = [], []
+
+    def check(module, args, kwargs):
+        if "timestep" in kwargs:
+            alive.append(sum(reference() is not None for reference in formed))
+
+    def remember(module, args, kwargs, output):
+        if "timestep" in kwargs:
+            whole = (chunk if chunk._base is None else chunk._base for chunk in output[0])
+            formed.extend(weakref.ref(chunk) for chunk in whole)
+
+    pipeline.transformer.register_forward_pre_hook(check, with_kwargs=True)
+    pipeline.transformer.register_forward_hook(remember, with_kwargs=True)
+    assert_same(draw(pipeline), expected)
+    assert len(alive) > 2 and not any(alive)
 
 
 def test_a_hundred_calls_leave_nothing_behind(t2i_pipeline):

@@ -35,7 +35,7 @@ def test_euler_maruyama_is_the_original_sampler(shift, steps):
     expected = original_sampler(smooth, noise[0], noise[1:], shift)
 
     scheduler.set_timesteps(steps)
-    result = denoise_patch(smooth, scheduler.timesteps, noise.clone(), scheduler, None)
+    result = denoise_patch(smooth, iter(scheduler.timesteps), noise.clone(), scheduler, None)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
     sample = noise[0]
@@ -62,7 +62,8 @@ def test_exponential_steps_compose():
         scheduler = BinaryDiffusionScheduler(solver_type="exponential")
         scheduler.set_timesteps(steps)
         mean, variance = 0.4, 0.0
-        for keep, toward, _, spread in scheduler.step_coefficients.double().tolist():
+        steps = zip(scheduler.step_coefficients, scheduler.noise_scales.double().tolist(), strict=True)
+        for (keep, toward, _), spread in steps:
             mean, variance = keep * mean + toward * target, keep**2 * variance + spread**2
         laws.append((mean, variance))
     assert laws[1] == pytest.approx(laws[0], abs=1e-6) and laws[2] == pytest.approx(laws[0], abs=1e-6)
@@ -110,7 +111,7 @@ def sample(laws, solver, steps, guidance_scale=None, seed=1, count=20_000, **opt
         halves = noisy[:, 0].chunk(len(laws))
         return torch.cat([law.posterior_mean(half, t) for law, half in zip(laws, halves, strict=True)])[:, None]
 
-    return denoise_patch(predict, scheduler.timesteps, noise, scheduler, guidance_scale, **options)[:, 0]
+    return denoise_patch(predict, iter(scheduler.timesteps), noise, scheduler, guidance_scale, **options)[:, 0]
 
 
 @pytest.mark.parametrize("bits, seed", [(8, 0), (8, 1), (9, 2)])
