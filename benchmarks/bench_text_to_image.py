@@ -23,7 +23,6 @@ Every variant is run in turn, and the median of its runs counts:
 """
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -132,11 +131,14 @@ class RecordedForwards:
             if "noisy_code" in kwargs:
                 transformer(**kwargs, modulations=next(modulations))
                 continue
+            modulations = iter(())  # a part is let go before the next is formed, as in the pipeline
             output = transformer(**kwargs)
             if "timestep" in kwargs:
                 # The next replay of a CUDA graph overwrites what this one returned
                 chunks = [chunk.clone() if chunk.is_cuda else chunk for chunk in output[0]]
-                modulations = itertools.chain(modulations, zip(*chunks, strict=True))
+                modulations = zip(*chunks, strict=True)
+                del chunks
+            del output
 
     @property
     def text_lengths(self) -> list[int]:

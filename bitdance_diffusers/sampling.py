@@ -45,6 +45,7 @@ def denoise_patch(
             the conditional rows first. Both halves get the same noisy bits. A later call may overwrite what an earlier
             one returned, as CUDA graphs do.
         modulations (n + 1 of them): what the head makes of the condition and the time of each evaluation, for R rows.
+            No item is held any more when the next is asked for.
         noise (n + 1, B, P, C): what [`draw_patch_noise`] drew. It is overwritten.
         scheduler: prepared for n steps.
         guidance_scale: weight of the conditional prediction; None where only conditional rows run. Guiding predictions
@@ -59,25 +60,28 @@ def denoise_patch(
     Returns:
         (B, P, C) float32: the (guided) prediction whose signs are the bits.
     """
+    batch_size = noise.shape[1]
+    num_halves = 1 if guidance_scale is None else 2
     coefficients = scheduler.step_coefficients
+    uses_previous_prediction = scheduler.uses_previous_prediction
     noise[1:] *= scheduler.noise_scales[:, None, None, None]
-    # An update is a few operators on little data, bound by launching them. Its noise stands there once for each half,
-    # and so does what it makes: the noisy bits.
-    noises = noise[:, None].expand(-1, 1 if guidance_scale is None else 2, -1, -1, -1).unbind()
-    sample = noises[0].contiguous()  # (1 or 2, B, P, C)
+    # Both halves read the same noisy bits. With the noise expanded to both, the update writes what the head reads: an
+    # operator less in a loop that is bound by launching them. The first is copied, so that all have the same strides.
+    half_noises = noise[:, None].expand(-1, num_halves, -1, -1, -1).unbind()
+    sample = half_noises[0].contiguous()  # (1 or 2, B, P, C)
     result = noise[0]
     previous = None
-    settled = torch.zeros(len(result), 1, 1, dtype=torch.bool, device=noise.device)
-    for i in range(len(noises)):
-        modulation = next(modulations)
+    settled = torch.zeros(batch_size, 1, 1, dtype=torch.bool, device=noise.device)
+    for i in range(len(half_noises)):
+        modulation = next(modulations)  # `enumerate` would hold the last one
         if guidance_scale is not None and (guided_evaluations is None or guided_evaluations[i]):
             conditional, unconditional = predict(sample.flatten(0, 1), modulation).float().chunk(2)
             prediction = torch.add(unconditional, conditional - unconditional, alpha=guidance_scale)
         else:
             if guidance_scale is not None:
-                modulation = tuple(chunk[: len(result)] for chunk in modulation)
+                modulation = tuple(chunk[:batch_size] for chunk in modulation)
             conditional = prediction = predict(sample[0], modulation).to(torch.float32, copy=True)
-        del modulation  # the last reference to a part of them, before the next part is formed
+        del modulation
         if early_stop_threshold is None:
             result = prediction
         else:
@@ -86,7 +90,7 @@ def denoise_patch(
         if i < len(coefficients):
             if early_stop_threshold is not None and (i + 1) % EARLY_STOP_INTERVAL == 0 and bool(settled.all()):
                 break
-            sample = update_sample(sample, prediction, previous, noises[i + 1], coefficients[i])
-            if scheduler.uses_previous_prediction:
+            sample = update_sample(sample, prediction, previous, half_noises[i + 1], coefficients[i])
+            if uses_previous_prediction:
                 previous = prediction
     return result

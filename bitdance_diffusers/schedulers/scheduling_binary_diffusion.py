@@ -47,8 +47,8 @@ def update_sample(
 ) -> torch.Tensor:
     """
     One step of any solver, an affine map of what it is given. The three `coefficients` are an entry of
-    [`BinaryDiffusionScheduler.step_coefficients`]; the noise has been multiplied with its scale.
-    `previous_prediction` may be None where its coefficient is 0.
+    [`BinaryDiffusionScheduler.step_coefficients`]; the noise has been multiplied with its scale. The predictions are
+    broadcast to the shape of sample and noise. `previous_prediction` may be None where its coefficient is 0.
     """
     keep, toward, back = coefficients
     sample = torch.add(scaled_noise, sample, alpha=keep).add_(prediction, alpha=toward)
@@ -110,8 +110,9 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         Prepare a run of `num_inference_steps` steps.
 
         Sets `timesteps` (num_inference_steps + 1,), float32, ascending: the time of every evaluation of the head;
-        `step_coefficients`, three numbers for each step: what [`update_sample`] multiplies the sample, the prediction
-        and the prediction of the step before with; and `noise_scales` (num_inference_steps,), the same for the noise.
+        `step_coefficients`, a list of three numbers for each step: what [`update_sample`] multiplies the sample, the
+        prediction and the prediction of the step before with; and `noise_scales` (num_inference_steps,), float32: what
+        the noise of each step is multiplied with.
         """
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it has to be a positive integer.")
@@ -158,7 +159,8 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             model_output: predicted clean code, (guided where guidance is used), the shape of `sample`.
             sample: noisy code, float32.
             generator: draws the step's noise; a list draws each row of the batch from its own.
-            previous_model_output: the prediction of the step before, which only `"exponential_2m"` uses.
+            previous_model_output: the prediction of the step before, which only `"exponential_2m"` uses. Without it
+                the step is of first order.
 
         At the last timestep the result is `model_output` itself: the step that is left ends exactly there.
         """
@@ -173,6 +175,8 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
             scaled_noise = self.noise_scales[index].to(sample.device) * noise
             coefficients = self.step_coefficients[index]
+            if previous_model_output is None and self.uses_previous_prediction:
+                previous_model_output = model_output
             prev_sample = update_sample(sample, model_output, previous_model_output, scaled_noise, coefficients)
         return BinaryDiffusionSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 

@@ -46,6 +46,53 @@ def test_euler_maruyama_is_the_original_sampler(shift, steps):
     torch.testing.assert_close(sample, expected, atol=1e-4, rtol=0)
 
 
+def exponential_sampler(posterior, start, noises, second_order):
+    """The exact step of a held prediction; of second order, one extrapolated to the middle of the step in log-SNR."""
+    t = torch.linspace(0, 0.95, len(noises) + 1)
+    log_snr = torch.log(t / (1 - t))
+    x, previous = start, None
+    for i, noise in enumerate(noises):
+        ratio = (1 - t[i + 1]) / (1 - t[i])
+        prediction = held = posterior(x, t[i])
+        if second_order and i >= 2:  # the log-SNR of the first time is infinite
+            slope = (prediction - previous) / (log_snr[i] - log_snr[i - 1])
+            held = prediction + slope * (log_snr[i + 1] - log_snr[i]) / 2
+        x = ratio**2 * x + (t[i + 1] - ratio**2 * t[i]) * held + (1 - t[i + 1]) * torch.sqrt(1 - ratio**2) * noise
+        previous = prediction
+    return posterior(x, t[-1])
+
+
+@pytest.mark.parametrize("solver", ["exponential", "exponential_2m"])
+def test_exponential_solvers_are_their_formulas(solver):
+    scheduler = BinaryDiffusionScheduler(solver_type=solver)
+    scheduler.set_timesteps(8)
+    generator = torch.Generator().manual_seed(0)
+    noise = draw_patch_noise(8, (2, 4, 8), generator, torch.device("cpu"))
+    expected = exponential_sampler(smooth, noise[0], noise[1:], solver == "exponential_2m")
+    result = denoise_patch(smooth, iter(scheduler.timesteps), noise.clone(), scheduler, None)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+
+    sample, previous = noise[0], None
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(2, 4, 8, generator=generator)  # the start
+    for t in scheduler.timesteps:
+        prediction = smooth(sample, t)
+        step = scheduler.step(prediction, t, sample, generator=generator, previous_model_output=previous)
+        sample, previous = step.prev_sample, prediction
+    torch.testing.assert_close(sample, expected, atol=1e-5, rtol=0)
+
+
+def test_a_step_without_the_previous_prediction_is_of_first_order():
+    samples = []
+    for solver in ("exponential", "exponential_2m"):
+        scheduler = BinaryDiffusionScheduler(solver_type=solver)
+        scheduler.set_timesteps(8)
+        sample, prediction = torch.linspace(-2, 2, 8), torch.linspace(-1, 1, 8)
+        generator = torch.Generator().manual_seed(0)
+        samples.append(scheduler.step(prediction, scheduler.timesteps[4], sample, generator=generator).prev_sample)
+    torch.testing.assert_close(*samples)
+
+
 def test_timesteps():
     scheduler = BinaryDiffusionScheduler(shift=2.0)
     scheduler.set_timesteps(10)
@@ -62,8 +109,8 @@ def test_exponential_steps_compose():
         scheduler = BinaryDiffusionScheduler(solver_type="exponential")
         scheduler.set_timesteps(steps)
         mean, variance = 0.4, 0.0
-        steps = zip(scheduler.step_coefficients, scheduler.noise_scales.double().tolist(), strict=True)
-        for (keep, toward, _), spread in steps:
+        noise_scales = scheduler.noise_scales.double().tolist()
+        for (keep, toward, _), spread in zip(scheduler.step_coefficients, noise_scales, strict=True):
             mean, variance = keep * mean + toward * target, keep**2 * variance + spread**2
         laws.append((mean, variance))
     assert laws[1] == pytest.approx(laws[0], abs=1e-6) and laws[2] == pytest.approx(laws[0], abs=1e-6)
