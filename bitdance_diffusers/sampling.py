@@ -23,8 +23,8 @@ def draw_patch_noise(
     All the noise of one patch, (n + 1, B, P, C) float32: the start, then one for every step.
 
     Each is a draw of its own, as in the original: one large draw gives other bits. With a list of generators every
-    picture draws from its own, and so does not depend on its neighbours. What CPU generators draw is moved to the
-    device at once: the host waits for every transfer.
+    picture draws from its own, and so does not depend on its neighbours. What CPU generators draw goes to the
+    device in one transfer: the host waits for each.
     """
     first = generator[0] if isinstance(generator, list) else generator
     drawn_on = first.device if first is not None and first.device.type == "cpu" else device
