@@ -1,3 +1,4 @@
+import collections
 import json
 from pathlib import Path
 
@@ -6,11 +7,32 @@ import torch
 from convert_class_to_image import convert_class_to_image
 from convert_text_to_image import convert_text_to_image
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
 
 CASES = Path(__file__).parent / "cases"
 ATTENTION_BACKEND, _ = _AttentionBackendRegistry.get_active_backend()
+VIEWS = {"view", "unbind", "split", "transpose", "t", "permute", "select", "slice", "expand", "alias"}
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts what runs, views excepted."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def count_operators():
+    return CountOperators
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitdance_diffusers import BinaryDiffusionScheduler
 from bitdance_diffusers.sampling import denoise_patch, draw_patch_noise
@@ -47,21 +46,11 @@ def test_euler_maruyama_is_the_original_sampler(shift, steps):
     torch.testing.assert_close(sample, expected, atol=1e-4, rtol=0)
 
 
-class _Transfers(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket is torch.ops.aten._to_copy
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("generator", [torch.Generator(), [torch.Generator(), torch.Generator()]])
-def test_noise_of_cpu_generators_is_moved_once(generator):
-    with _Transfers() as transfers:
+def test_noise_of_cpu_generators_is_moved_once(generator, count_operators):
+    with count_operators() as operators:
         noise = draw_patch_noise(5, (2, 4, 8), generator, torch.device("meta"))
-    assert noise.shape == (6, 2, 4, 8) and noise.device.type == "meta" and transfers.count == 1
+    assert noise.shape == (6, 2, 4, 8) and noise.device.type == "meta" and operators.counts["_to_copy"] == 1
 
 
 def exponential_sampler(posterior, start, noises, second_order):
