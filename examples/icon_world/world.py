@@ -1,0 +1,413 @@
+"""The icon world: pictures of one to four flat icons, prompts for them, and a checker of pictures against prompts.
+
+It is small enough that a model of a few million parameters learns it on a laptop, and a picture is right or wrong
+without a judge. The six categories are those of GenEval (Ghosh et al., 2023, arXiv 2310.11513), under GenEval's names:
+
+    single_object   a star
+    two_object      a star and a car
+    counting        two | three | four stars
+    colors          a red star
+    position        a star left of | right of | above | below a car
+    color_attr      a red star and a blue car
+
+What a prompt does not name is drawn at random. A fifth of the prompts of every category but the first is held out of
+training (`is_held_out`). Training may draw prompts of one more kind, which nothing is scored on (`IconWorld.mix`):
+
+    mixed           two red stars and a car and a blue key
+
+`icons_world.json` holds the constants. The artwork is Font Awesome Free Solid 6.6.0 (font: SIL OFL 1.1, icons:
+CC BY 4.0), read from the package `fontawesomefree`.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from icon_world.artwork import draw_glyph, find_font, scale_mask
+from icon_world.recognition import FoundIcon, IconFinder
+
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+MIXED = "mixed"
+TRAINING_CATEGORIES = (*CATEGORIES, MIXED)
+MIXED_COUNTS = ((1, 1, 1), (1, 2), (1, 1, 1, 1), (1, 1, 2), (2, 2), (1, 3))  # icons of each shape
+MIXED_COLOR_SHARE = 0.75  # of the shapes in a mixed prompt have their color named
+
+# Drawing. The centres of a "position" picture, in pixels along the named axis and across it.
+MIN_CENTER_DISTANCE_ALONG = 16
+MAX_CENTER_DISTANCE_ACROSS = 14  # exclusive
+
+# Checking. Colors are compared by Euclidean distance in RGB, on values of 0 to 255.
+MIN_IOU = 0.65
+MAX_COLOR_DISTANCE = 60
+CENTER_TOLERANCE_PX = 1  # a found box may be half a pixel off on either side of either icon
+
+
+@dataclass(frozen=True)
+class IconPrompt:
+    """A prompt, taken apart: `icons` are (shape, color or None) in the prompt's order. Those of one shape share their
+    color."""
+
+    text: str
+    category: str
+    icons: tuple[tuple[str, str | None], ...]
+    relation: str | None = None
+
+
+@dataclass(frozen=True)
+class DrawnIcon:
+    """An icon of a drawn picture. `box` is (left, top, right, bottom) in pixels, right and bottom exclusive."""
+
+    shape: str
+    color: str
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the picture shows the prompt, why not (empty if it does), and the icons that were found."""
+
+    right: bool
+    reason: str
+    icons: tuple[FoundIcon, ...]
+
+
+class IconWorld:
+    """Draws, enumerates and checks the pictures of the icon world.
+
+    Raises:
+        ImportError: without the package `fontawesomefree` in the version that `icons_world.json` names.
+    """
+
+    def __init__(self):
+        constants = json.loads((Path(__file__).parent / "icons_world.json").read_text(encoding="utf-8"))
+        self.canvas: int = constants["canvas"]
+        self.background = np.array(constants["background"], dtype=np.uint8)
+        self.shapes: dict[str, str] = {shape: plural for shape, (_, plural) in constants["shapes"].items()}
+        self.colors = {color: np.array(rgb, dtype=np.uint8) for color, rgb in constants["colors"].items()}
+        self.counts: dict[int, str] = {int(number): word for number, word in constants["counts"].items()}
+        self.relations: list[str] = constants["relations"]
+        self.longest_side_px = {int(number): side for number, side in constants["longest_side_px"].items()}
+        self.grid_px: int = constants["position_grid_px"]
+        self.gap_px: int = constants["min_gap_px"]
+
+        font = find_font(constants["font"]["package"], constants["font"]["file"])
+        self._masks = {
+            shape: draw_glyph(font, chr(int(codepoint, 16))) for shape, (codepoint, _) in constants["shapes"].items()
+        }
+
+    # Prompts
+
+    @cached_property
+    def prompts(self) -> dict[str, list[IconPrompt]]:
+        """Every prompt of the world, by category."""
+        by_category = {category: [] for category in CATEGORIES}
+        for prompt in self._enumerate():
+            by_category[prompt.category].append(prompt)
+        return by_category
+
+    @cached_property
+    def held_out_prompts(self) -> dict[str, list[IconPrompt]]:
+        """The prompts that scores are measured on, by category: the held-out ones, and all of `single_object`."""
+        return {
+            category: [p for p in prompts if category == "single_object" or self.is_held_out(p.text)]
+            for category, prompts in self.prompts.items()
+        }
+
+    @cached_property
+    def training_prompts(self) -> dict[str, list[IconPrompt]]:
+        """The prompts that may be trained on, by category."""
+        return {
+            category: [p for p in prompts if not self.is_held_out(p.text)]
+            for category, prompts in self.prompts.items()
+        }
+
+    def parse(self, prompt: str) -> IconPrompt:
+        """Take a prompt apart.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's.
+        """
+        if prompt not in self._prompts_by_text:
+            raise ValueError(
+                f"`prompt` has to be one of the icon world, such as 'a red star and a blue car', but is {prompt!r}."
+            )
+        return self._prompts_by_text[prompt]
+
+    def is_held_out(self, prompt: str) -> bool:
+        """Whether the prompt is never trained on. Prompts with the same words are held out together.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's.
+        """
+        if self.parse(prompt).category == "single_object":
+            return False
+        return zlib.crc32(" ".join(sorted(prompt.split())).encode()) % 5 == 0
+
+    def sample_prompt(
+        self, rng: np.random.Generator, category_weights: Mapping[str, float] | None = None
+    ) -> IconPrompt:
+        """Draw a training prompt: first the category, then one of its prompts that are not held out, evenly.
+
+        Args:
+            rng: the source of randomness.
+            category_weights: how often each category is drawn, relative to the others; for those not named 1, and 0
+                for `"mixed"`.
+
+        Raises:
+            ValueError: for an unknown category, a negative or infinite weight, or weights that are all 0.
+        """
+        category = TRAINING_CATEGORIES[
+            rng.choice(len(TRAINING_CATEGORIES), p=category_probabilities(category_weights))
+        ]
+        if category == MIXED:
+            return self.mix(rng)
+        prompts = self.training_prompts[category]
+        return prompts[rng.integers(len(prompts))]
+
+    def mix(self, rng: np.random.Generator) -> IconPrompt:
+        """Draw a prompt for three or four icons of at least two shapes, some with their color.
+
+        No picture of it shows what a prompt of the categories asks for, held out or not: only `counting` has three
+        icons or more, and they are of one shape.
+        """
+        counts = rng.permutation(MIXED_COUNTS[rng.integers(len(MIXED_COUNTS))]).tolist()
+        shapes = rng.choice(list(self.shapes), len(counts), replace=False).tolist()
+        colors = [
+            str(rng.choice(list(self.colors))) if rng.random() < MIXED_COLOR_SHARE else None
+            for _ in range(len(counts))
+        ]
+        groups = list(zip(shapes, colors, counts, strict=True))
+        icons = tuple((shape, color) for shape, color, count in groups for _ in range(count))
+        return IconPrompt(" and ".join(self._phrase(*group) for group in groups), MIXED, icons)
+
+    @cached_property
+    def _prompts_by_text(self) -> dict[str, IconPrompt]:
+        return {prompt.text: prompt for prompts in self.prompts.values() for prompt in prompts}
+
+    def _phrase(self, shape: str, color: str | None = None, number: int = 1) -> str:
+        article = "an" if color == "orange" else "a"
+        words = (article, color, shape) if number == 1 else (self.counts[number], color, self.shapes[shape])
+        return " ".join(word for word in words if word is not None)
+
+    def _enumerate(self) -> Iterator[IconPrompt]:
+        phrase = self._phrase
+        for shape in self.shapes:
+            yield IconPrompt(phrase(shape), "single_object", ((shape, None),))
+            for number in self.counts:
+                yield IconPrompt(phrase(shape, None, number), "counting", ((shape, None),) * number)
+            for color in self.colors:
+                yield IconPrompt(phrase(shape, color), "colors", ((shape, color),))
+        for first, second in permutations(self.shapes, 2):
+            pair = ((first, None), (second, None))
+            yield IconPrompt(f"{phrase(first)} and {phrase(second)}", "two_object", pair)
+            for relation in self.relations:
+                yield IconPrompt(f"{phrase(first)} {relation} {phrase(second)}", "position", pair, relation)
+            for colors in permutations(self.colors, 2):
+                pair = ((first, colors[0]), (second, colors[1]))
+                yield IconPrompt(" and ".join(phrase(*icon) for icon in pair), "color_attr", pair)
+
+    # Drawing
+
+    def draw(self, prompt: str, rng: np.random.Generator) -> Image.Image:
+        """Draw a picture of the prompt: RGB, 64x64.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's.
+        """
+        return self.draw_scene(prompt, rng)[0]
+
+    def draw_scene(
+        self, prompt: str | IconPrompt, rng: np.random.Generator, smaller: bool = False
+    ) -> tuple[Image.Image, tuple[DrawnIcon, ...]]:
+        """Draw a picture of the prompt, and say what was drawn where.
+
+        Args:
+            prompt: one of the world's, or what `sample_prompt` drew.
+            smaller: the icons are as large as in a picture of as many or more, evenly among these numbers. The world
+                proper draws each number of icons in one size, and holds out prompts whose icons a model then never
+                sees in theirs.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's.
+        """
+        parsed = self.parse(prompt) if isinstance(prompt, str) else prompt
+        size_of = len(parsed.icons)
+        if smaller:
+            size_of = int(rng.integers(size_of, max(self.longest_side_px), endpoint=True))
+        names = list(self.colors)
+        color_of = {shape: color or names[rng.integers(len(names))] for shape, color in dict.fromkeys(parsed.icons)}
+        colors = [color_of[shape] for shape, _ in parsed.icons]
+
+        patches = [
+            self._patches[shape, size_of, color] for (shape, _), color in zip(parsed.icons, colors, strict=True)
+        ]
+        corners = self._place([patch.shape[:2] for patch in patches], parsed.relation, rng)
+
+        pixels = np.empty((self.canvas, self.canvas, 3), dtype=np.uint8)
+        pixels[:] = self.background
+        icons = []
+        for (shape, _), color, patch, (left, top) in zip(parsed.icons, colors, patches, corners, strict=True):
+            bottom, right = top + patch.shape[0], left + patch.shape[1]
+            pixels[top:bottom, left:right] = patch
+            icons.append(DrawnIcon(shape, color, (left, top, right, bottom)))
+        return Image.fromarray(pixels), tuple(icons)
+
+    @cached_property
+    def _patches(self) -> dict[tuple[str, int, str], np.ndarray]:
+        """Every icon on background, uint8 (height, width, 3), by shape, number of icons in the picture, and color."""
+        patches = {}
+        for shape, mask in self._masks.items():
+            for number, side in self.longest_side_px.items():
+                alpha = scale_mask(mask, side)[..., None]
+                for color, rgb in self.colors.items():
+                    patches[shape, number, color] = np.rint(alpha * rgb + (1 - alpha) * self.background).astype(
+                        np.uint8
+                    )
+        return patches
+
+    def _place(
+        self, sizes: list[tuple[int, int]], relation: str | None, rng: np.random.Generator
+    ) -> list[tuple[int, int]]:
+        """Put boxes of (height, width) on the grid, one after the other, each evenly among the places left for it."""
+        while True:
+            boxes = []
+            for height, width in sizes:
+                places = [
+                    box
+                    for top in range(0, self.canvas - height + 1, self.grid_px)
+                    for left in range(0, self.canvas - width + 1, self.grid_px)
+                    if self._fits(box := (left, top, left + width, top + height), boxes, relation)
+                ]
+                if not places:
+                    break
+                boxes.append(places[rng.integers(len(places))])
+            else:
+                return [(left, top) for left, top, _, _ in boxes]
+
+    def _fits(
+        self, box: tuple[int, int, int, int], others: list[tuple[int, int, int, int]], relation: str | None
+    ) -> bool:
+        left, top, right, bottom = box
+        gap = self.gap_px
+        for other_left, other_top, other_right, other_bottom in others:
+            if (
+                left < other_right + gap
+                and other_left < right + gap
+                and top < other_bottom + gap
+                and other_top < bottom + gap
+            ):
+                return False
+            if relation is not None:
+                offset_x = (left + right - other_left - other_right) / 2
+                offset_y = (top + bottom - other_top - other_bottom) / 2
+                if not relation_holds(relation, offset_x, offset_y):
+                    return False
+        return True
+
+    # Checking
+
+    def check(self, image: Image.Image, prompt: str) -> bool:
+        """Whether the picture shows exactly what the prompt asks for; see `judge`."""
+        return self.judge(image, prompt).right
+
+    def judge(self, image: Image.Image, prompt: str) -> Verdict:
+        """Compare what is in the picture with what the prompt asks for.
+
+        A picture is right when its icons (`find_icons`) are as many as asked for, each is recognised (intersection
+        over union of at least 0.65) as a shape asked for, its color is within 60 in RGB of one of the world's and is
+        the one asked for (for a number of icons: the same for all), and they stand as asked for: the centres at least
+        16 px apart along the named axis and less than 14 px across it, give or take 1 px.
+
+        Raises:
+            ValueError: if the prompt is not one of the world's, or the picture is not 64x64.
+        """
+        parsed = self.parse(prompt)
+        icons = self.find_icons(image)
+        reason = find_difference(parsed, icons)
+        return Verdict(not reason, reason, icons)
+
+    def find_icons(self, image: Image.Image) -> tuple[FoundIcon, ...]:
+        """The icons in a picture, from left to right: see `IconFinder`.
+
+        Raises:
+            ValueError: if the picture is not 64x64.
+        """
+        return self._finder.find_icons(image)
+
+    @cached_property
+    def _finder(self) -> IconFinder:
+        return IconFinder(self.canvas, self.background, self.colors, self._masks)
+
+
+def category_probabilities(category_weights: Mapping[str, float] | None) -> np.ndarray:
+    """float64 (7,): how likely each of `TRAINING_CATEGORIES` is drawn. Without a weight `"mixed"` has 0, any other 1.
+
+    Raises:
+        ValueError: for an unknown category, a negative or infinite weight, or weights that are all 0.
+    """
+    category_weights = category_weights or {}
+    for category, weight in category_weights.items():
+        if category not in TRAINING_CATEGORIES:
+            raise ValueError(
+                f"`category_weights` names {category!r}; the categories are {', '.join(TRAINING_CATEGORIES)}."
+            )
+        if not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"`category_weights` gives {category} {weight}; a weight has to be at least 0 and finite."
+            )
+    weights = np.array([category_weights.get(name, 0.0 if name == MIXED else 1.0) for name in TRAINING_CATEGORIES])
+    if not weights.any():
+        raise ValueError("`category_weights` has to give at least one category more than 0.")
+    return weights / weights.sum()
+
+
+def find_difference(prompt: IconPrompt, icons: tuple[FoundIcon, ...]) -> str:
+    """In what the icons differ from the prompt, in words; empty if in nothing."""
+    if len(icons) != len(prompt.icons):
+        return f"{len(icons)} icons in place of {len(prompt.icons)}"
+    for icon in icons:
+        if icon.iou < MIN_IOU:
+            return f"an icon like none of the shapes (nearest: {icon.shape}, IoU {icon.iou:.2f})"
+        if icon.color_distance > MAX_COLOR_DISTANCE:
+            return f"a {icon.shape} in none of the colors (nearest: {icon.color}, at {icon.color_distance:.0f})"
+    found_shapes = sorted(icon.shape for icon in icons)
+    if found_shapes != sorted(shape for shape, _ in prompt.icons):
+        return f"the shapes are {', '.join(found_shapes)}"
+    if prompt.category == "counting":
+        found_colors = {icon.color for icon in icons}
+        return f"the colors differ: {', '.join(sorted(found_colors))}" if len(found_colors) > 1 else ""
+    found = {icon.shape: icon for icon in icons}  # the shapes of any other prompt differ from each other
+    for shape, color in prompt.icons:
+        if color is not None and found[shape].color != color:
+            return f"the {shape} is {found[shape].color}"
+    if prompt.relation is not None:
+        first, second = (found[shape].center for shape, _ in prompt.icons)
+        offset = second[0] - first[0], second[1] - first[1]
+        if not relation_holds(prompt.relation, *offset, tolerance=CENTER_TOLERANCE_PX):
+            return f"not {prompt.relation}: the second is {offset[0]:+.1f} px right, {offset[1]:+.1f} px down"
+    return ""
+
+
+def relation_holds(relation: str, offset_x: float, offset_y: float, tolerance: float = 0.0) -> bool:
+    """Whether A stands in the relation to B, given where B's centre is, in pixels right of and below A's.
+
+    At most one relation holds for any offset, whatever the tolerance.
+    """
+    along, across = {
+        "left of": (offset_x, offset_y),
+        "right of": (-offset_x, offset_y),
+        "above": (offset_y, offset_x),
+        "below": (-offset_y, offset_x),
+    }[relation]
+    return (
+        along >= MIN_CENTER_DISTANCE_ALONG - tolerance
+        and abs(across) < MAX_CENTER_DISTANCE_ACROSS + tolerance
+        and along > abs(across)
+    )
