@@ -130,17 +130,22 @@ class PolicyLoss:
 
 
 def policy_loss(
+    steps: GaussianSteps,
     log_ratio: torch.Tensor,
     advantages: torch.Tensor,
     kl: torch.Tensor,
     kl_weight: float,
     clip_range: float,
-    ratio_level: str = "step", w=None,
+    ratio_level: str = "step",
 ) -> PolicyLoss:
     """
     The clipped surrogate of PPO (arXiv 1707.06347) and the divergence from the reference, means over the actions.
 
+    Single steps are weighted by `spread / toward`, in the mean 1: a draw pushes the prediction by the inverse of that,
+    which grows more than a hundredfold from the first step to the last, though the bits are decided early.
+
     Args:
+        steps: the trained ones.
         log_ratio (K, B, M): of [`log_ratios`].
         advantages (K, B, M): of [`subtract_kl_to_go`].
         kl (K, B, M): of [`gaussian_kl`], at the present parameters.
@@ -148,15 +153,15 @@ def policy_loss(
         clip_range (`float`): a ratio's gain ends at `1 - clip_range` and `1 + clip_range`.
         ratio_level (`"step"` or `"patch"`): an action is a step, or all the trained steps of a patch.
     """
+    kl_of_pictures = kl.detach().sum(dim=(0, 2)).mean()
     if ratio_level == "patch":
-        log_ratio, advantages = log_ratio.sum(dim=0), advantages[0]  # (B, M)
+        log_ratio, advantages, kl = log_ratio.sum(dim=0), advantages[0], kl.sum(dim=0)  # (B, M)
+        weight = log_ratio.new_ones(())
+    else:
+        weight = (steps.spread / steps.toward)[:, None, None]
+        weight = weight / weight.mean()
     ratio = log_ratio.exp()
     gain, clipped_gain = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    surrogate = (w*torch.minimum(gain, clipped_gain)).mean()
-    num_actions = log_ratio.numel() / log_ratio.shape[-2]
-    kl_of_pictures = kl.sum(dim=(0, 2)).mean()
-    return PolicyLoss(
-        kl_weight * (w*kl).sum((0,2)).mean() / num_actions - surrogate,
-        kl_of_pictures.detach(),
-        (clipped_gain < gain).float().mean(),
-    )
+    surrogate = torch.minimum(gain, clipped_gain)
+    loss = (weight * (kl_weight * kl - surrogate)).mean()
+    return PolicyLoss(loss, kl_of_pictures, (clipped_gain < gain).float().mean())
