@@ -21,7 +21,7 @@ from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDa
 from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, unconditional_ids
 from bitdance_diffusers.training.objective import choose_dropped, text_to_image_loss
 from data.sources import load_pictures
-from icon_world.world import TRAINING_CATEGORIES
+from icon_world.world import parse_icon_weights
 from training.arguments import add_icons_argument
 from training.checkpoints import find_checkpoint
 from training.transformer_run import (
@@ -72,18 +72,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.icon_weights and args.icons is None:
         raise ValueError("--icon_weights weighs the pictures of --icons, which is not given.")
     check_probability(args, "smaller_icons")
-    args.icon_weights = dict(parse_icon_weight(entry) for entry in args.icon_weights)
-
-
-def parse_icon_weight(entry: str) -> tuple[str, float]:
-    category, _, weight = entry.partition("=")
-    try:
-        return category, float(weight)
-    except ValueError:
-        raise ValueError(
-            f"--icon_weights takes CATEGORY=WEIGHT, with a category of {', '.join(TRAINING_CATEGORIES)}, "
-            f"not {entry!r}."
-        ) from None
+    args.icon_weights = parse_icon_weights(args.icon_weights)
 
 
 def load_pipeline(args: argparse.Namespace) -> BitDancePipeline:

@@ -1,5 +1,5 @@
-"""What the scripts that train a pipeline's transformer share (`train_t2i.py`, `train_class.py`): a run from its
-optimizer to the saved pipeline. The scripts say what is learnt from and what the loss is.
+"""What the scripts that train a pipeline's transformer share (`train_t2i.py`, `train_class.py`, `train_grpo.py`): a
+run from its optimizer to the saved pipeline. The scripts say what is learnt from and what the loss is.
 """
 
 import argparse
@@ -34,7 +34,15 @@ from data.crops import CroppedPictures
 from data.order import count_steps, create_dataloader
 from drawing.models import DTYPES
 from training import optimization
-from training.arguments import add_training_arguments, check_training_arguments, list_flags, training_configuration
+from training.arguments import (
+    add_picture_arguments,
+    add_run_arguments,
+    check_at_least,
+    check_picture_arguments,
+    check_run_arguments,
+    list_flags,
+    training_configuration,
+)
 from training.checkpoints import Checkpoints
 from training.hub_upload import push_to_hub, save_model_card
 from training.optimization import (
@@ -54,29 +62,38 @@ Pipeline = BitDancePipeline | BitDanceClassPipeline
 # Arguments
 
 
-def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of both scripts, beside those of every training script."""
-    add_training_arguments(parser)
-    model = parser.add_argument_group("model (a pipeline, or a config and the other components)")
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every script that trains a pipeline's transformer."""
+    add_run_arguments(parser)
+    model = parser.add_argument_group("model")
     model.add_argument("--pretrained_model_name_or_path", help="a pipeline folder or repository to fine-tune")
     model.add_argument("--revision")
     model.add_argument("--variant")
-    model.add_argument("--transformer_config", type=Path, help="a config.json; train from scratch")
-    model.add_argument("--vae_path", help="folder or repository of the BitDanceTokenizer")
     model.add_argument("--attention_backend", help="one of Diffusers' attention backends, such as _native_math")
     model.add_argument("--save_dtype", choices=list(DTYPES), default="float32", help="of the saved transformer")
     model.add_argument(
+        "--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the blocks' matrices"
+    )
+    model.add_argument("--num_validation_images", type=int, default=4, help="for each validation prompt or label")
+
+
+def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the scripts that learn from pictures."""
+    add_picture_arguments(parser)
+    add_model_arguments(parser)
+    scratch = parser.add_argument_group("model from scratch (in place of a pipeline), and its codes")
+    scratch.add_argument("--transformer_config", type=Path, help="a config.json; train from scratch")
+    scratch.add_argument("--vae_path", help="folder or repository of the BitDanceTokenizer")
+    scratch.add_argument(
         "--cache_codes", nargs="?", const=True, metavar="DIR",
         help="encode every picture once, and keep the codes in DIR, by default `codes` in --output_dir",
     )  # fmt: skip
 
-    loss = parser.add_argument_group("objective and optimizer")
-    loss.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the blocks' matrices")
+    loss = parser.add_argument_group("objective")
     loss.add_argument("--bit_flip_probability", type=float, default=0.1, help="greatest for a fed-back bit")
     loss.add_argument("--diff_batch_mul", type=int, default=1, help="draws of noise per patch")
 
     validation = parser.add_argument_group("validation")
-    validation.add_argument("--num_validation_images", type=int, default=4, help="for each prompt or label")
     validation.add_argument("--num_inference_steps", type=int, help="also the saved pipeline's default")
     validation.add_argument("--guidance_scale", type=float, help="also the saved pipeline's default")
 
@@ -88,7 +105,8 @@ def check_transformer_arguments(args: argparse.Namespace, from_scratch: tuple[st
     Raises:
         ValueError: for a number out of range or arguments in conflict, naming them.
     """
-    check_training_arguments(args)
+    check_picture_arguments(args)
+    check_run_arguments(args)
     missing = [name for name in from_scratch if getattr(args, name) is None]
     if args.pretrained_model_name_or_path is not None:
         if len(missing) < len(from_scratch):
@@ -100,16 +118,19 @@ def check_transformer_arguments(args: argparse.Namespace, from_scratch: tuple[st
             f"{list_flags(missing)}."
         )
     check_probability(args, "bit_flip_probability")
-    for name in ("diff_batch_mul", "num_validation_images", "num_inference_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
-    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
-        raise ValueError(f"--guidance_scale has to be at least 0 and finite but is {args.guidance_scale}.")
+    check_at_least(args, 1, "diff_batch_mul", "num_validation_images", "num_inference_steps")
+    check_guidance_scale(args)
     if args.cache_codes is not None:
         if args.random_flip:
             raise ValueError("--cache_codes keeps one code per picture; it excludes --random_flip.")
         if not args.center_crop and getattr(args, "icons", None) is None:
             raise ValueError("--cache_codes keeps one code per picture; it needs --center_crop.")
+
+
+def check_guidance_scale(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` that names the argument."""
+    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
+        raise ValueError(f"--guidance_scale has to be at least 0 and finite but is {args.guidance_scale}.")
 
 
 def check_probability(args: argparse.Namespace, name: str) -> None:
@@ -173,22 +194,23 @@ def create_optimizers(args: argparse.Namespace, transformer: Transformer) -> lis
 # The run
 
 
-class TransformerTraining:
+class TransformerRun:
     """
-    A run: `for batch, code, draws in run.batches(): run.optimize(loss)`, then `run.finish(...)`. It keeps checkpoints,
-    the averaged weights, the trackers and the validation pictures.
+    A run from its optimizer to the saved pipeline. A script makes losses, within `accelerator.accumulate`, and calls
+    `optimize` with each and `finish` at the end. The run keeps checkpoints, the averaged weights, the trackers and the
+    validation pictures.
 
     Args:
         name (`str`): of the script, for the trackers.
-        args (`argparse.Namespace`): of `add_transformer_arguments`.
+        args (`argparse.Namespace`): of `add_model_arguments`.
         accelerator (`Accelerator`): from `create_accelerator`.
         pipeline ([`BitDancePipeline`] or [`BitDanceClassPipeline`]): whose transformer is trained, as far as its
             parameters require a gradient.
-        pictures (`Dataset`): items with `"image"` and the `target`.
-        target (`"text"` or `"label"`): what is kept beside the codes of pictures.
+        num_steps (`int`): optimizer steps of the whole run.
         checkpoint (`Path`, *optional*): to go on from.
         validation (`Mapping`, *optional*): arguments of the pipeline that draw the validation pictures, and ...
         num_validation_rows (`int`): ... how many times `--num_validation_images` they draw.
+        configuration: what else has to be equal in a run and its continuation.
 
     Raises:
         ValueError: if the checkpoint is of another configuration, before anything is written.
@@ -200,20 +222,19 @@ class TransformerTraining:
         args: argparse.Namespace,
         accelerator: Accelerator,
         pipeline: Pipeline,
-        pictures: Dataset,
-        target: Literal["text", "label"],
+        num_steps: int,
         checkpoint: Path | None,
         validation: Mapping[str, Any] | None,
         num_validation_rows: int,
+        **configuration: Any,
     ) -> None:
         self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
+        self.num_steps = num_steps
         self.validation, self.num_validation_rows = validation, num_validation_rows
         transformer, self.vae = pipeline.transformer, pipeline.vae
         # What Diffusers keeps of fields that a config leaves out has another order in every process
         config = {name: value for name, value in transformer.config.items() if name != "_use_default_values"}
-        configuration = training_configuration(
-            args, accelerator.num_processes, transformer=config, num_pictures=len(pictures)
-        )
+        configuration = training_configuration(args, accelerator.num_processes, transformer=config, **configuration)
         self.first_step = 0 if checkpoint is None else Checkpoints.check(checkpoint, configuration)
         self.step = self.first_step
 
@@ -225,7 +246,6 @@ class TransformerTraining:
             transformer.set_attention_backend(args.attention_backend)
         self.vae.eval().requires_grad_(False).to(accelerator.device)
         self.ema = EMAModel(transformer.parameters(), decay=args.ema_decay) if args.use_ema else None
-        self.num_steps = count_steps(args, len(pictures), accelerator.num_processes)
         self.transformer, *self.optimizers = accelerator.prepare(transformer, *create_optimizers(args, transformer))
         self.lr_scheduler = create_lr_scheduler(args, self.optimizers[0].optimizer, self.num_steps)
         if self.ema is not None:
@@ -238,41 +258,14 @@ class TransformerTraining:
         if args.report_to != "none":
             accelerator.init_trackers(name, config={name: str(value) for name, value in vars(args).items()})
 
-        # 2. Pictures, or their codes
-        dataset = CroppedPictures(pictures, args.resolution, args.center_crop, args.random_flip, args.seed)
-        if args.cache_codes is not None:
-            folder = args.output_dir / "codes" if args.cache_codes is True else Path(args.cache_codes)
-            dataset = cache_codes(folder, dataset, self.vae, accelerator, args.dataloader_num_workers, target)
-        self.dataloader = create_dataloader(args, dataset, accelerator, self.first_step)
-
-        # 3. Reports
+        # 2. Reports
         num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
-        logger.info(f"{len(dataset)} pictures, {num_parameters} parameters, {self.num_steps} steps")
+        logger.info(f"{num_parameters} parameters, {self.num_steps} steps")
         self.per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.progress = tqdm(
             total=self.num_steps, initial=self.first_step, disable=not accelerator.is_local_main_process
         )
         self.timer = StepTimer()
-
-    def batches(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, RandomDraws]]:
-        """
-        The batches up to the last step: what the dataset holds, the codes of its pictures (B, C, h, w), and the source
-        of every random number, which depends neither on the number of processes nor on where the run was resumed.
-        """
-        args, accelerator = self.args, self.accelerator
-        batches = enumerate(self.dataloader, start=self.first_step * args.gradient_accumulation_steps)
-        while self.step < self.num_steps:
-            number, batch = next(batches)
-            generator = random_generator(args.seed, number)
-            draws = RandomDraws(generator, accelerator.process_index, accelerator.num_processes)
-            if args.cache_codes is not None:
-                code = self.vae.unpack(batch["packed_code"].to(accelerator.device))
-            else:
-                with torch.no_grad():
-                    code = self.vae.encode(batch["pixel_values"].to(accelerator.device)).code
-            self.timer.lap("data")
-            with accelerator.accumulate(self.transformer):
-                yield batch, code, draws
 
     def optimize(self, loss: torch.Tensor, more_logs: Mapping[str, torch.Tensor] | None = None) -> None:
         """
@@ -333,17 +326,26 @@ class TransformerTraining:
         return copy.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def validate(self, transformer: Transformer) -> None:
-        """Draw the validation pictures: a grid on disk and in the trackers, a row for each prompt or label."""
+    def validate(self, transformer: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Draw the validation pictures: a grid on disk and in the trackers, a row for each prompt or label. Returns their
+        codes (B, C, h, w), and the pictures (B, 3, H, W) in [0, 1].
+        """
         training, self.pipeline.transformer = self.pipeline.transformer, transformer
         self.pipeline.set_progress_bar_config(disable=True)
         per_row = self.args.num_validation_images
         number = self.num_validation_rows * per_row
         generators = [random_generator(self.args.seed, i) for i in range(number)]
-        images = self.pipeline(**self.validation, generator=generators, output_type="pt").images
+        code = self.pipeline(**self.validation, generator=generators, output_type="latent").images
+        images = self.pipeline.decode_latents(code, "pt", generators)
         self.pipeline.transformer = training
         grid = image_grid(list((images.unflatten(0, (-1, per_row)) * 2 - 1).unbind(1)))
         log_image(self.accelerator, "validation", grid, self.step, self.args.output_dir)
+        return code, images
+
+    def save(self, transformer: Transformer) -> None:
+        """Write the trained pipeline to --output_dir."""
+        save_pipeline(self.args.output_dir, self.pipeline, transformer)
 
     def finish(self, description: str, tags: list[str]) -> None:
         """Save the trained pipeline with a model card, draw the last validation pictures, and upload if asked to."""
@@ -351,7 +353,7 @@ class TransformerTraining:
         self.progress.close()
         trained = self.trained_transformer()
         if self.accelerator.is_main_process:
-            save_pipeline(args.output_dir, self.pipeline, trained)
+            self.save(trained)
             save_model_card(args.output_dir, description, args.pretrained_model_name_or_path, tags)
             if self.validation is not None:
                 self.validate(trained)
@@ -361,6 +363,74 @@ class TransformerTraining:
                 shares = self.timer.shares("data", "forward_backward", "optimizer")
                 logger.info("Time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
         self.accelerator.end_training()
+
+
+class TransformerTraining(TransformerRun):
+    """
+    A run that learns from pictures: `for batch, code, draws in run.batches(): run.optimize(loss)`, then
+    `run.finish(...)`.
+
+    Args:
+        pictures (`Dataset`): items with `"image"` and the `target`.
+        target (`"text"` or `"label"`): what is kept beside the codes of pictures.
+        name, args, accelerator, pipeline, checkpoint, validation, num_validation_rows: see [`TransformerRun`]; the
+            arguments are those of `add_transformer_arguments`.
+
+    Raises:
+        ValueError: if the checkpoint is of another configuration, before anything is written.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        pipeline: Pipeline,
+        pictures: Dataset,
+        target: Literal["text", "label"],
+        checkpoint: Path | None,
+        validation: Mapping[str, Any] | None,
+        num_validation_rows: int,
+    ) -> None:
+        num_steps = count_steps(args, len(pictures), accelerator.num_processes)
+        super().__init__(
+            name,
+            args,
+            accelerator,
+            pipeline,
+            num_steps,
+            checkpoint,
+            validation,
+            num_validation_rows,
+            num_pictures=len(pictures),
+        )
+        dataset = CroppedPictures(pictures, args.resolution, args.center_crop, args.random_flip, args.seed)
+        if args.cache_codes is not None:
+            folder = args.output_dir / "codes" if args.cache_codes is True else Path(args.cache_codes)
+            dataset = cache_codes(folder, dataset, self.vae, accelerator, args.dataloader_num_workers, target)
+        self.dataloader = create_dataloader(args, dataset, accelerator, self.first_step)
+        logger.info(f"{len(dataset)} pictures")
+        self.timer.lap("rest")  # codes are no step's time
+
+    def batches(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, RandomDraws]]:
+        """
+        The batches up to the last step: what the dataset holds, the codes of its pictures (B, C, h, w), and the source
+        of every random number, which depends neither on the number of processes nor on where the run was resumed.
+        """
+        args, accelerator = self.args, self.accelerator
+        batches = enumerate(self.dataloader, start=self.first_step * args.gradient_accumulation_steps)
+        while self.step < self.num_steps:
+            number, batch = next(batches)
+            generator = random_generator(args.seed, number)
+            draws = RandomDraws(generator, accelerator.process_index, accelerator.num_processes)
+            if args.cache_codes is not None:
+                code = self.vae.unpack(batch["packed_code"].to(accelerator.device))
+            else:
+                with torch.no_grad():
+                    code = self.vae.encode(batch["pixel_values"].to(accelerator.device)).code
+            self.timer.lap("data")
+            with accelerator.accumulate(self.transformer):
+                yield batch, code, draws
 
 
 def save_pipeline(output_dir: Path, pipeline: Pipeline, transformer: Transformer) -> None:
