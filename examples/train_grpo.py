@@ -43,6 +43,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     asked.add_argument("--prompts", type=Path, help="a text file with a prompt on each line")
     asked.add_argument("--icons", action="store_true", help="the icon world's training prompts")
     asked.add_argument("--icon_weights", nargs="+", default=[], metavar="CATEGORY=WEIGHT", help="of --icons")
+    asked.add_argument("--height", type=int, help="in pixels, of a text-to-image pipeline; its default if not given")
+    asked.add_argument("--width", type=int, help="the same")
 
     reward = parser.add_argument_group("reward")
     reward.add_argument("--reward", required=True, metavar="MODULE:FUNCTION", help="(pictures, prompts) -> numbers")
@@ -65,7 +67,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=("FIRST", "END"),
-        help="of a patch, END exclusive; all by default",
+        help="END exclusive; all by default",
     )
     rollout.add_argument(
         "--window_size", type=int, help="train so many steps in a row, others in every iteration; all by default"
@@ -119,8 +121,8 @@ def check_args(args: argparse.Namespace) -> None:
     first, end = args.trained_steps
     if not 0 <= first < end <= args.rollout_steps:
         raise ValueError(
-            f"--trained_steps has to be two numbers, ascending, from 0 to --rollout_steps {args.rollout_steps}, but is "
-            f"{first} {end}."
+            f"--trained_steps has to be two numbers, ascending, from 0 to --rollout_steps {args.rollout_steps}, but "
+            f"is {first} {end}."
         )
     if args.window_size is not None and args.window_size > end - first:
         raise ValueError(f"--window_size {args.window_size} is more than the {end - first} of --trained_steps.")
@@ -132,8 +134,8 @@ def check_args(args: argparse.Namespace) -> None:
     per_step = args.train_batch_size * args.gradient_accumulation_steps
     if drawn % per_step:
         raise ValueError(
-            f"The {drawn} pictures of --num_prompts and --num_images_per_prompt have to be a multiple of the {per_step} "
-            "of --train_batch_size and --gradient_accumulation_steps."
+            f"The {drawn} pictures of --num_prompts and --num_images_per_prompt have to be a multiple of the "
+            f"{per_step} of --train_batch_size and --gradient_accumulation_steps."
         )
     steps = args.num_inner_epochs * drawn // per_step
     for name in ("max_train_steps", "checkpointing_steps", "validation_steps"):
@@ -149,14 +151,20 @@ def find_prompts(args: argparse.Namespace, pipeline: Pipeline) -> TextPrompts | 
         ValueError: if the arguments do not fit the pipeline, or the file has no prompts.
     """
     if not isinstance(pipeline, BitDancePipeline):
-        if args.prompts is not None or args.icons:
-            raise ValueError("--prompts and --icons are for a text-to-image pipeline, but this one draws classes.")
+        given = [name for name in ("prompts", "icons", "height", "width") if getattr(args, name)]
+        if given:
+            raise ValueError(f"{list_flags(given)} are for a text-to-image pipeline, but this one draws classes.")
         return ClassLabels(pipeline)
     if args.icons:
         from icon_world.world import IconWorld, parse_icon_weights
 
         world, weights = IconWorld(), parse_icon_weights(args.icon_weights)
-        return TextPrompts(pipeline, lambda rng, n: [world.sample_prompt(rng, weights).text for _ in range(n)])
+        return TextPrompts(
+            pipeline,
+            lambda rng, n: [world.sample_prompt(rng, weights).text for _ in range(n)],
+            args.height,
+            args.width,
+        )
     if args.prompts is None:
         raise ValueError(f"A text-to-image pipeline needs {list_flags(['prompts', 'icons'])}.")
     try:
@@ -166,7 +174,9 @@ def find_prompts(args: argparse.Namespace, pipeline: Pipeline) -> TextPrompts | 
     lines = [line.strip() for line in lines if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {args.prompts} has no prompts.")
-    return TextPrompts(pipeline, lambda rng, n: rng.choice(lines, n, replace=n > len(lines)).tolist())
+    return TextPrompts(
+        pipeline, lambda rng, n: rng.choice(lines, n, replace=n > len(lines)).tolist(), args.height, args.width
+    )
 
 
 def main(args: argparse.Namespace) -> None:

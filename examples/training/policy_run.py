@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from torch.nn.utils.rnn import pad_sequence
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
+from bitdance_diffusers.image_sizes import check_size
 from bitdance_diffusers.patch_order import grid_to_patches, patch_positions
 from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, unconditional_ids
 from bitdance_diffusers.training.policy import (
@@ -59,22 +60,34 @@ class TextPrompts:
     The prompts of a text-to-image pipeline.
 
     Args:
-        pipeline ([`BitDancePipeline`]): whose default size is drawn.
+        pipeline ([`BitDancePipeline`]).
         draw (`Callable`): `(rng, number) -> prompts`.
+        height, width (`int`, *optional*): pixels; the pipeline's default where None.
+
+    Raises:
+        ValueError: if the pipeline cannot draw that size.
     """
 
     tags = ["text-to-image"]
 
-    def __init__(self, pipeline: BitDancePipeline, draw: Callable[[np.random.Generator, int], list[str]]) -> None:
-        config, self.draw, self.tokenizer = pipeline.config, draw, pipeline.tokenizer
-        patch_size = pipeline.transformer.config.patch_size
-        side = (config.default_height // pipeline.vae_scale_factor, config.default_width // pipeline.vae_scale_factor)
-        self.start_ids = picture_start_ids(self.tokenizer, *side, patch_size)
-        self.positions = patch_positions(*side, patch_size)  # (M, P, 2)
+    def __init__(
+        self,
+        pipeline: BitDancePipeline,
+        draw: Callable[[np.random.Generator, int], list[str]],
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        self.draw, self.tokenizer = draw, pipeline.tokenizer
+        self.height, self.width = height or pipeline.config.default_height, width or pipeline.config.default_width
+        patch_size, scale = pipeline.transformer.config.patch_size, pipeline.vae_scale_factor
+        check_size(self.height, self.width, scale, patch_size)
+        tokens = self.height // scale, self.width // scale
+        self.start_ids = picture_start_ids(self.tokenizer, *tokens, patch_size)
+        self.positions = patch_positions(*tokens, patch_size)  # (M, P, 2)
 
     def call_arguments(self, prompts: list[str]) -> dict[str, Any]:
         """Of the pipeline, for a picture of each."""
-        return {"prompt": prompts}
+        return {"prompt": prompts, "height": self.height, "width": self.width}
 
     def conditioning(self, prompts: list[str], guided: bool) -> dict[str, torch.Tensor]:
         """Of the transformer, see [`predict_transitions`]."""
