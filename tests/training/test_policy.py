@@ -121,7 +121,7 @@ def reinforce(tree, rewards, kl_weight, ratio_level, num_iterations=100, number=
 def test_the_best_policy_of_a_toy_law_is_found(ratio_level, tolerance):
     """
     It is `p exp(r / kl_weight)`, normalised: of all laws, that of the most reward less `kl_weight` a nat of divergence
-    from p. Single steps miss it by 0.007 of total variation, by 0.03 without the divergence to go, by 0.07 with the
+    from p. Single steps miss it by 0.007 of total variation, by 0.03 without the divergence to go, by 0.05 with the
     sampler's noise in place of the memoryless.
     """
     tree = BitTree(torch.randn(2**NUM_BITS - 1, generator=generator(1)) / 2)
