@@ -20,6 +20,7 @@ import argparse
 import math
 from pathlib import Path
 
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
 
 from bitdance_diffusers import BitDancePipeline
@@ -183,7 +184,11 @@ def main(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong with the arguments is found before anything is written
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     accelerator = create_accelerator(args)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("Rollouts are drawn with whole weights, which FSDP leaves no process.")
     pipeline = load_pretrained(args, DiffusionPipeline)
+    if pipeline.transformer.config.get("use_lm_head"):
+        pipeline.transformer.lm_head.requires_grad_(False)  # it would learn from text alone
     prompts = find_prompts(args, pipeline)
     reward = load_reward(args.reward, args.reward_arguments)
     score = reward if args.score is None else load_reward(args.score, args.score_arguments)
@@ -193,7 +198,9 @@ def main(args: argparse.Namespace) -> None:
     run.train()
 
     # 3. The trained pipeline
-    run.finish(f"A BitDance pipeline, reinforced by `train_grpo.py` with the reward `{args.reward}`.", prompts.tags)
+    kind = "pipeline" if args.lora_rank is None else "LoRA"
+    tags = prompts.tags if args.lora_rank is None else [*prompts.tags, "lora"]
+    run.finish(f"A BitDance {kind}, reinforced by `train_grpo.py` with the reward `{args.reward}`.", tags)
 
 
 if __name__ == "__main__":

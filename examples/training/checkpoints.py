@@ -16,6 +16,8 @@ from data.whole_files import flush, remove_folder
 
 TRAINING_STATE = "training_state.json"
 EMA_WEIGHTS = "ema.safetensors"
+# What a run leaves: a pipeline, a tokenizer or LoRA layers
+RESULTS = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
 
 
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
@@ -27,7 +29,7 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Pat
     """
     checkpoints = list_checkpoints(output_dir)
     if resume_from_checkpoint is None:
-        if checkpoints or any((output_dir / name).exists() for name in ("model_index.json", "config.json")):
+        if checkpoints or any((output_dir / name).exists() for name in RESULTS):
             raise ValueError(
                 f"--output_dir {output_dir} holds another run: go on with it by --resume_from_checkpoint latest, or "
                 "choose another folder."

@@ -216,6 +216,7 @@ class PolicyTraining(TransformerRun):
             trained = self.trained_transformer()
             if self.accelerator.is_main_process:
                 self.validate(trained)
+            self.timer.lap("rest")
         while self.step < self.num_steps:
             iteration = self.step // self.steps_per_iteration
             rollout = self.roll_out(iteration)

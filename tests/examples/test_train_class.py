@@ -17,9 +17,11 @@ from tests.examples.training_runs import (
     ENVIRONMENT,
     assert_equal_checkpoints,
     assert_equal_states,
+    command_line,
     killed_in_a_checkpoint,
     recorded,
     reset_accelerator,
+    transformer_weights,
 )
 
 CONFIG = {
@@ -69,11 +71,7 @@ def arguments(workplace, class_pipeline_path):
             "learning_rate": 1e-3,
             "report_to": "none",
         }
-        flags = []
-        for name, value in {**defaults, **more}.items():
-            values = value if isinstance(value, list) else [value]
-            flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
-        return flags
+        return command_line({**defaults, **more})
 
     return arguments
 
@@ -87,11 +85,6 @@ def train(arguments, workplace):
         return workplace / output
 
     return train
-
-
-def weights(folder):
-    files = (folder / "transformer").glob("*.safetensors")
-    return {name: value for file in files for name, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +106,7 @@ def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options
     resumed = train("killed", resume_from_checkpoint="latest", **options)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")} == before
 
-    assert_equal_states(weights(unbroken), weights(resumed))
+    assert_equal_states(transformer_weights(unbroken), transformer_weights(resumed))
     assert_equal_checkpoints(unbroken / "checkpoint-6", resumed / "checkpoint-6")
     assert [p.name for p in sorted(resumed.glob(".*"))] == []
 
@@ -147,7 +140,7 @@ def test_from_scratch_leaves_a_pipeline(train, workplace):
         guidance_schedule="constant", report_to="tensorboard", save_dtype="bfloat16", mixed_precision="bf16",
         gradient_checkpointing=True,
     )  # fmt: skip
-    after = weights(folder)
+    after = transformer_weights(folder)
     assert all(value.dtype == torch.bfloat16 and value.isfinite().all() for value in after.values())
     averaged = load_file(folder / "checkpoint-6" / "ema.safetensors")
     assert torch.equal(averaged["0"].bfloat16(), after["class_embed.weight"])
@@ -172,7 +165,7 @@ def test_from_scratch_leaves_a_pipeline(train, workplace):
         "again", transformer_config=None, vae_path=None, pretrained_model_name_or_path=folder, max_train_steps=1,
         learning_rate=1e-12, guidance_scale=3,
     )  # fmt: skip
-    for name, value in weights(again).items():
+    for name, value in transformer_weights(again).items():
         torch.testing.assert_close(value, after[name].float(), msg=name)
     pipeline = BitDanceClassPipeline.from_pretrained(again)
     assert pipeline.config.label_names == ["ant", "beetle", "cat"]
@@ -184,7 +177,7 @@ def test_cached_codes_train_alike(train, workplace):
     cached = train("cached", **options)
     assert json.loads((workplace / "codes" / "labels.json").read_text(encoding="utf-8")) == [0, 1, 2] * 3 + [0]
     encoded = train("encoded", **{**options, "cache_codes": None})
-    assert_equal_states(weights(cached), weights(encoded))
+    assert_equal_states(transformer_weights(cached), transformer_weights(encoded))
     (workplace / "pictures" / "ant" / "0.png").rename(workplace / "pictures" / "cat" / "0.png")
     with pytest.raises(ValueError, match="made with other pictures"):
         train("stale", **options)

@@ -18,9 +18,11 @@ from tests.examples.training_runs import (
     ENVIRONMENT,
     assert_equal_checkpoints,
     assert_equal_states,
+    command_line,
     killed_in_a_checkpoint,
     recorded,
     reset_accelerator,
+    transformer_weights,
 )
 
 
@@ -53,11 +55,7 @@ def arguments(workplace, t2i_pipeline_path):
             "lr_scheduler": "constant",
             "report_to": "none",
         }
-        flags = []
-        for name, value in {**defaults, **more}.items():
-            values = value if isinstance(value, list) else [value]
-            flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
-        return flags
+        return command_line({**defaults, **more})
 
     return arguments
 
@@ -87,11 +85,6 @@ def scratch(workplace, t2i_pipeline_path):
     }
 
 
-def weights(folder):
-    files = (folder / "transformer").glob("*.safetensors")
-    return {name: value for file in files for name, value in load_file(file).items()}
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -112,7 +105,7 @@ def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options
     resumed = train("killed", resume_from_checkpoint="latest", **options)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")} == before
 
-    assert_equal_states(weights(unbroken), weights(resumed))
+    assert_equal_states(transformer_weights(unbroken), transformer_weights(resumed))
     assert_equal_checkpoints(unbroken / "checkpoint-6", resumed / "checkpoint-6")
     assert [p.name for p in sorted(resumed.glob(".*"))] == []
 
@@ -123,7 +116,7 @@ def test_fine_tuning_leaves_a_pipeline(train, t2i_pipeline_path):
         validation_steps=4, num_validation_images=3, num_inference_steps=2, guidance_scale=2.5,
         report_to="tensorboard", save_dtype="bfloat16",
     )  # fmt: skip
-    before, after = weights(t2i_pipeline_path), weights(folder)
+    before, after = transformer_weights(t2i_pipeline_path), transformer_weights(folder)
     assert before.keys() == after.keys()
     assert all(value.dtype == torch.bfloat16 for value in after.values())
     assert not torch.equal(before["head.proj_out.weight"].bfloat16(), after["head.proj_out.weight"])
@@ -145,7 +138,7 @@ def test_fine_tuning_leaves_a_pipeline(train, t2i_pipeline_path):
 def test_what_is_saved_is_what_was_trained(train):
     """Without an average, in float32: the last checkpoint's weights."""
     folder = train("out")
-    assert_equal_states(weights(folder), load_file(folder / "checkpoint-6" / "model.safetensors"))
+    assert_equal_states(transformer_weights(folder), load_file(folder / "checkpoint-6" / "model.safetensors"))
 
 
 def test_from_scratch_on_cached_codes(train, scratch, workplace):
@@ -158,7 +151,7 @@ def test_from_scratch_on_cached_codes(train, scratch, workplace):
     assert codes.shape == (10, 4, 4, 1) and codes.dtype == np.uint8
 
     encoded = train("encoded", **{**options, "cache_codes": None})
-    assert_equal_states(weights(cached), weights(encoded))
+    assert_equal_states(transformer_weights(cached), transformer_weights(encoded))
 
     Image.new("RGB", (20, 16)).save(workplace / "pictures" / "3.png")
     with pytest.raises(ValueError, match="made with other pictures"):
@@ -200,7 +193,7 @@ def test_two_processes_equal_one(workplace, arguments):
 
 
 def test_bf16_mixed_precision(train):
-    exact, mixed = weights(train("exact")), weights(train("mixed", mixed_precision="bf16"))
+    exact, mixed = transformer_weights(train("exact")), transformer_weights(train("mixed", mixed_precision="bf16"))
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in mixed.values())
     assert not torch.equal(mixed["norm_out.weight"], exact["norm_out.weight"])
     torch.testing.assert_close(mixed["norm_out.weight"], exact["norm_out.weight"], atol=2e-2, rtol=0)
@@ -209,16 +202,16 @@ def test_bf16_mixed_precision(train):
 def test_text_loss_trains_the_output_layer(train, scratch):
     config = json.loads(scratch["transformer_config"].read_text(encoding="utf-8")) | {"use_lm_head": True}
     scratch["transformer_config"].write_text(json.dumps(config), encoding="utf-8")
-    first = weights(train("first", **scratch, max_train_steps=1))
-    second = weights(train("second", **scratch, max_train_steps=2))
+    first = transformer_weights(train("first", **scratch, max_train_steps=1))
+    second = transformer_weights(train("second", **scratch, max_train_steps=2))
     assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
-    first = weights(train("third", **scratch, max_train_steps=1, text_loss_weight=0))
-    second = weights(train("fourth", **scratch, max_train_steps=2, text_loss_weight=0))
+    first = transformer_weights(train("third", **scratch, max_train_steps=1, text_loss_weight=0))
+    second = transformer_weights(train("fourth", **scratch, max_train_steps=2, text_loss_weight=0))
     assert torch.equal(first["lm_head.weight"], second["lm_head.weight"])
 
 
 def test_gradient_checkpointing_changes_nothing(train):
-    plain, checkpointed = (weights(train(str(flag), gradient_checkpointing=flag)) for flag in (None, True))
+    plain, checkpointed = (transformer_weights(train(str(flag), gradient_checkpointing=flag)) for flag in (None, True))
     for name, value in plain.items():
         torch.testing.assert_close(checkpointed[name], value, msg=name)
 

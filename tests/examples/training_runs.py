@@ -51,6 +51,21 @@ torch.save(record, f"{{sys.argv[1]}}-{{PartialState().process_index}}")
 """
 
 
+def command_line(arguments):
+    """A script's arguments by name, as it is given them: True is a flag alone, and None is left out."""
+    flags = []
+    for name, value in arguments.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
+    return flags
+
+
+def transformer_weights(folder):
+    """The tensors of a saved pipeline's transformer."""
+    files = (folder / "transformer").glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
 def reset_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
