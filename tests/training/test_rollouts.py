@@ -32,9 +32,14 @@ def test_with_the_right_prediction_the_noise_level_is_that_of_the_time(noise):
 
 
 def test_memoryless_noise_forgets_the_start():
+    """Steps are draws from the posterior where noising is a chain: z_t is t / u of z_u, and noise that it lacks."""
     scheduler = RolloutScheduler()
     scheduler.set_timesteps(5)
     assert scheduler.step_coefficients[0][0] == 0
+    nodes = torch.linspace(0, 0.95, 6).tolist()
+    for (keep, _, _), t, u in zip(scheduler.step_coefficients, nodes[:-1], nodes[1:], strict=True):
+        covariance = t / u * (1 - u) ** 2  # of z_t and z_u, given the clean bit
+        assert keep == pytest.approx(covariance / (1 - t) ** 2, abs=1e-6)
     with pytest.raises(ValueError, match="`noise` is 'none'"):
         RolloutScheduler(noise="none")
 
