@@ -13,6 +13,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
+from .block_causal_decoder import StaticKVCache
 from .checked_loading import CheckedLoadingMixin
 
 
@@ -48,6 +49,17 @@ class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
     # Of AttentionMixin all but `fuse_qkv_projections`: the head's projections always are one, `to_qkv`.
     attn_processors = AttentionMixin.attn_processors
     set_attn_processor = AttentionMixin.set_attn_processor
+
+    def allocate_kv_cache(
+        self, row_lengths: list[int], num_patches: int, dtype: torch.dtype, device: torch.device
+    ) -> StaticKVCache:
+        """
+        The cache of one generation: for every row the tokens in front of its picture (`row_lengths`), and
+        `num_patches` fed back.
+        """
+        attn = self.layers[0].attn
+        capacities = [length + num_patches * self.config.patch_size**2 for length in row_lengths]
+        return StaticKVCache(len(self.layers), attn.kv_heads, attn.dim_head, row_lengths, capacities, dtype, device)
 
     @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at the signature for what they may pass
     def save_pretrained(self, *args, **kwargs) -> None:

@@ -11,13 +11,13 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..generation import Generation, Prefix, SamplingSettings
 from ..image_sizes import check_size
 from ..loaders.lora import BitDanceLoraLoaderMixin
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance import BitDanceTransformer
-from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
+from ..patch_order import patch_positions
 from ..prompt import check_tokenizer, picture_start_ids, prompt_ids, unconditional_ids
-from ..sampling import draw_patch_noise
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
 from .pipeline_output import BitDancePipelineOutput
@@ -95,9 +95,6 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         prompt_embeds_mask: torch.Tensor | None,
         negative_prompt_embeds: torch.Tensor | None,
         negative_prompt_embeds_mask: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
         attention_kwargs: dict[str, Any] | None,
         max_sequence_length: int,
         guidance_interval: tuple[float, float] | None,
@@ -179,9 +176,6 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             width,
             generator,
             latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
             attention_kwargs,
             guidance_interval,
             early_stop_threshold,
@@ -271,6 +265,141 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
 
     @torch.no_grad()
+    def prepare_generation(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 1024,
+        guidance_interval: tuple[float, float] | None = None,
+        early_stop_threshold: float | None = None,
+    ) -> Generation:
+        """
+        The batch of pictures that a call with these arguments draws, before its first patch: what [`~.__call__`] runs
+        to its end can be iterated, stopped, saved, joined and split here. [`~.decode_latents`] makes pictures of its
+        code.
+        """
+        # 1. Check inputs
+        height = self.config.default_height if height is None else height
+        width = self.config.default_width if width is None else width
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            latents,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            attention_kwargs,
+            max_sequence_length,
+            guidance_interval,
+            early_stop_threshold,
+        )
+        supported = self.config.supported_sizes
+        if supported is not None and [height, width] not in [list(size) for size in supported]:
+            logger.warning_once(
+                f"{height} x {width} is not a size that this checkpoint was trained on; those are {supported}."
+            )
+        device = self._execution_device
+
+        # 2. Encode the prompts: every text once, however many pictures it has
+        one_negative = not isinstance(negative_prompt, list) and negative_prompt_embeds is None
+        conditional, mask, unconditional, unconditional_mask = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            guidance_scale > 1,
+            1,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            max_sequence_length,
+            device,
+        )
+        if unconditional is not None and one_negative:
+            unconditional, unconditional_mask = unconditional[:1], unconditional_mask[:1]
+
+        # 3. Prepare the code, and what stands in front of it: the texts and the tokens that announce the picture
+        batch_size = conditional.shape[0] * num_images_per_prompt
+        latents = self.prepare_latents(batch_size, height, width, device, latents)
+        size, patch_size = tuple(latents.shape[-2:]), self.transformer.config.patch_size
+        start_ids = picture_start_ids(self.tokenizer, *size, patch_size)
+        prefix = self._prepare_prefix(
+            conditional, mask, unconditional, unconditional_mask, start_ids, num_images_per_prompt
+        )
+        positions = patch_positions(*size, patch_size, device)  # (M, P, 2)
+
+        return Generation(
+            self.transformer,
+            self.scheduler,
+            prefix,
+            latents,
+            positions,
+            "condition_positions",
+            positions,
+            SamplingSettings(
+                num_inference_steps,
+                guidance_scale,
+                guidance_interval=None if guidance_interval is None else tuple(guidance_interval),
+                early_stop_threshold=early_stop_threshold,
+            ),
+            generator,
+            attention_kwargs,
+        )
+
+    def _prepare_prefix(
+        self,
+        conditional: torch.Tensor,
+        mask: torch.Tensor,
+        unconditional: torch.Tensor | None,
+        unconditional_mask: torch.Tensor | None,
+        start_ids: list[int],
+        num_images_per_prompt: int,
+    ) -> Prefix:
+        """
+        All texts of a call in one batch (T, L, D), padded on the left, with the tokens that announce the picture. The
+        unconditional ones are one for all prompts, or one for each.
+        """
+        num_prompts = conditional.shape[0]
+        rows = [row // num_images_per_prompt for row in range(num_prompts * num_images_per_prompt)]
+        unconditional_rows = None
+        embeds = conditional
+        if unconditional is not None:
+            longest = max(mask.shape[1], unconditional_mask.shape[1])
+            embeds = torch.cat(
+                [pad(x, (0, 0, longest - x.shape[1], 0)) for x in (conditional, unconditional)]
+            )  # (T, L, D)
+            mask = torch.cat([pad(x, (longest - x.shape[1], 0)) for x in (mask, unconditional_mask)])
+            unconditional_rows = [num_prompts + (row if len(unconditional) > 1 else 0) for row in rows]
+        start_embeds = self.embed_tokens(start_ids, embeds.device).to(embeds.dtype).expand(len(embeds), -1, -1)
+        row_lengths = (mask.sum(dim=1) + len(start_ids)).tolist()
+        embeds = torch.cat([embeds, start_embeds], dim=1)
+        embeds = embeds[:, -max(row_lengths) :]  # embeddings that are given may be padded further
+        torch._dynamo.maybe_mark_dynamic(embeds, 1)  # a compiled transformer takes texts of any length
+        return Prefix({"inputs_embeds": embeds}, row_lengths, rows, unconditional_rows, embeds.dtype)
+
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -314,7 +443,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             generator (`torch.Generator` or a list, *optional*): one generator reproduces the original's draws for the
                 batch as a whole; a list, one for each picture, makes each independent of its neighbours in the batch.
             latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere.
-                The decoded patches, the first in generation order, are kept.
+                Decoded patches are kept, wherever they stand, and the others drawn; a patch of a picture is decoded
+                whole or not at all.
             prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask (`torch.Tensor`,
                 *optional*): what [`~.encode_prompt`] returns, in place of texts.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
@@ -337,17 +467,11 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         Raises:
             ValueError, TypeError: see [`~.check_inputs`] and [`~.encode_prompt`].
         """
+        # 1. Check inputs, encode the prompts and prepare the code
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        height = self.config.default_height if height is None else height
-        width = self.config.default_width if width is None else width
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-
-        # 1. Check inputs
-        self.check_inputs(
+        self._check_output_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        generation = self.prepare_generation(
             prompt,
             negative_prompt,
             height,
@@ -361,128 +485,16 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             prompt_embeds_mask,
             negative_prompt_embeds,
             negative_prompt_embeds_mask,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
             attention_kwargs,
             max_sequence_length,
             guidance_interval,
             early_stop_threshold,
         )
-        supported = self.config.supported_sizes
-        if supported is not None and [height, width] not in [list(size) for size in supported]:
-            logger.warning_once(
-                f"{height} x {width} is not a size that this checkpoint was trained on; those are {supported}."
-            )
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
-        device = self._execution_device
-        guided = self.do_classifier_free_guidance
 
-        # 2. Encode the prompts: every text once, however many rows it has; padded on the left. Row r of the batch, the
-        # conditional rows first, goes on from the text `text_of_row[r]`
-        one_negative = not isinstance(negative_prompt, list) and negative_prompt_embeds is None
-        prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask = self.encode_prompt(
-            prompt,
-            negative_prompt,
-            guided,
-            1,
-            prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds,
-            negative_prompt_embeds_mask,
-            max_sequence_length,
-            device,
-        )
-        num_prompts = prompt_embeds.shape[0]
-        batch_size = num_prompts * num_images_per_prompt
-        text_of_row = [row // num_images_per_prompt for row in range(batch_size)]
-        text_embeds, text_mask = prompt_embeds, prompt_embeds_mask  # (T, L, D), (T, L); T texts
-        if guided:
-            negatives = slice(1 if one_negative else None)
-            texts = (
-                (prompt_embeds, prompt_embeds_mask),
-                (negative_prompt_embeds[negatives], negative_prompt_embeds_mask[negatives]),
-            )
-            longest = max(mask.shape[1] for _, mask in texts)
-            text_embeds = torch.cat([pad(embeds, (0, 0, longest - embeds.shape[1], 0)) for embeds, _ in texts])
-            text_mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for _, mask in texts])
-            text_of_row = text_of_row + [num_prompts + (0 if one_negative else text) for text in text_of_row]
+        # 2. Patch by patch: denoise the next one, then feed it back
+        code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        # 3. Prepare the code, and the tokens that announce it
-        patch_size = self.transformer.config.patch_size
-        latents = self.prepare_latents(batch_size, height, width, device, latents)
-        latent_height, latent_width = latents.shape[-2:]
-        patches = grid_to_patches(latents, patch_size)  # (B, M, P, C)
-        num_patches = patches.shape[1]
-        num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
-        positions = patch_positions(latent_height, latent_width, patch_size, device)  # (M, P, 2)
-        start_ids = picture_start_ids(self.tokenizer, latent_height, latent_width, patch_size)
-        start_embeds = self.embed_tokens(start_ids, device).to(text_embeds.dtype).expand(len(text_embeds), -1, -1)
-        text_embeds = torch.cat([text_embeds, start_embeds], dim=1)
-        row_lengths = (text_mask.sum(dim=1) + len(start_ids)).tolist()
-        text_embeds = text_embeds[:, -max(row_lengths) :]  # embeddings that are given may be padded further
-        torch._dynamo.maybe_mark_dynamic(text_embeds, 1)  # a compiled transformer takes texts of any length
-
-        # 4. Prepare the timesteps of a patch
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        guided_evaluations = self._guided_evaluations(guidance_interval)
-        self._num_timesteps = num_patches
-
-        # 5. Read the texts: the last block of each predicts the first patch of its pictures
-        kv_cache = self.transformer.allocate_kv_cache(row_lengths, 0, text_embeds.dtype, device)
-        kv_cache.extend(text_embeds.shape[1])
-        condition = self.transformer(
-            inputs_embeds=text_embeds,
-            condition_positions=positions[:1],
-            kv_cache=kv_cache,
-            attention_kwargs=attention_kwargs,
-        ).condition
-        # The next call may overwrite what this one returned (CUDA graphs do): what lives longer is a copy
-        condition = condition[text_of_row, 0]  # (R, P, D); R rows
-        kv_cache = kv_cache.repeat_rows(text_of_row, (num_patches - 1) * patch_size**2)
-
-        # 6. Patch by patch: denoise the next one, then feed it back
-        with self.progress_bar(total=num_patches) as progress_bar:
-            progress_bar.update(num_kept)
-            for i in range(num_patches):
-                if self.interrupt:
-                    continue
-                self._current_timestep = i
-                if i >= num_kept:
-                    noise = draw_patch_noise(num_inference_steps, patches[:, i].shape, generator, device)
-                    scale = self._guidance_scale if guided else None
-                    prediction = self._denoise_patch(condition, noise, scale, guided_evaluations, early_stop_threshold)
-                    patches[:, i] = torch.where(prediction > 0, 1.0, -1.0)
-                    if callback_on_step_end is not None:
-                        patches = self._call_back(
-                            callback_on_step_end,
-                            callback_on_step_end_tensor_inputs,
-                            i,
-                            patches,
-                            (latent_height, latent_width),
-                        )
-                    progress_bar.update()
-                if i + 1 < num_patches and not self.interrupt:
-                    kv_cache.extend(patch_size**2)
-                    condition = (
-                        self.transformer(
-                            code=patches[:, i : i + 1].to(text_embeds.dtype).repeat(2 if guided else 1, 1, 1, 1),
-                            code_positions=positions[i : i + 1],
-                            condition_positions=positions[i + 1 : i + 2],
-                            kv_cache=kv_cache,
-                            attention_kwargs=attention_kwargs,
-                        )
-                        .condition[:, 0]
-                        .clone()
-                    )
-        self._current_timestep = None
-        del kv_cache  # its memory is for the vae now
-
-        # 7. Decode the picture
-        code = patches_to_grid(patches, latent_height, latent_width)
+        # 3. Decode the pictures
         images = self.decode_latents(code, output_type, generator)
 
         self.maybe_free_model_hooks()

@@ -7,10 +7,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from ..generation import Generation, Prefix, SamplingSettings
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance_class import BitDanceClassTransformer
-from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
-from ..sampling import draw_patch_noise
+from ..patch_order import patch_positions
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
 from .pipeline_output import BitDancePipelineOutput
@@ -22,24 +22,6 @@ def check_guidance_schedule(name: str, value: Any) -> None:
     """Raises a `ValueError` that names the argument."""
     if value not in GUIDANCE_SCHEDULES:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(map(repr, GUIDANCE_SCHEDULES))}.")
-
-
-def draw_halves_noise(
-    num_steps: int,
-    shape: tuple[int, int, int],
-    generator: torch.Generator | list[torch.Generator] | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """
-    The noise of a patch whose conditional and unconditional rows are sampled separately: from one draw of twice the
-    rows of `shape` (B, P, C), the conditional ones first. Of a list of generators each draws its picture's two rows.
-    Returns (n + 1, 2 B, P, C) float32.
-    """
-    batch_size, *token_shape = shape
-    if not isinstance(generator, list):
-        return draw_patch_noise(num_steps, (2 * batch_size, *token_shape), generator, device)
-    pairs = [draw_patch_noise(num_steps, (2, *token_shape), one, device) for one in generator]
-    return torch.stack(pairs, dim=2).flatten(1, 2)  # (n + 1, 2, B, P, C) -> (n + 1, 2 B, P, C)
 
 
 class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
@@ -122,6 +104,87 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         return ids
 
     @torch.no_grad()
+    def prepare_generation(
+        self,
+        class_labels: int | str | list[int | str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        early_stop_threshold: float | None = None,
+    ) -> Generation:
+        """
+        The batch of pictures that a call with these arguments draws, before its first patch: what [`~.__call__`] runs
+        to its end can be iterated, stopped, saved, joined and split here. [`~.decode_latents`] makes pictures of its
+        code.
+        """
+        # 1. Check inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        if guidance_schedule is None:
+            guidance_schedule = self.config.default_guidance_schedule
+        label_ids = self.get_label_ids(class_labels)
+        check_positive_integer("num_inference_steps", num_inference_steps)
+        check_positive_integer("num_images_per_label", num_images_per_label)
+        check_guidance_scale("guidance_scale", guidance_scale)
+        check_guidance_schedule("guidance_schedule", guidance_schedule)
+        config = self.transformer.config
+        batch_size, side = len(label_ids) * num_images_per_label, config.sample_size
+        height = width = side * self.vae_scale_factor
+        self._check_patchwise_inputs(
+            batch_size,
+            height,
+            width,
+            generator,
+            latents,
+            attention_kwargs,
+            guidance_interval,
+            early_stop_threshold,
+        )
+        device = self._execution_device
+
+        # 2. Prepare the labels, each once, however many pictures it has: "no class" comes last
+        guided = guidance_scale > 1
+        labels = torch.tensor([*label_ids, config.num_classes] if guided else label_ids, device=device)
+        prefix = Prefix(
+            inputs={"class_labels": labels},
+            row_lengths=[config.num_class_tokens + config.patch_size**2 - 1] * len(labels),
+            conditional=[row // num_images_per_label for row in range(batch_size)],
+            unconditional=[len(label_ids)] * batch_size if guided else None,
+            dtype=self.transformer.dtype,
+        )
+
+        # 3. Prepare the code
+        latents = self.prepare_latents(batch_size, height, width, device, latents)
+        positions = patch_positions(side, side, config.patch_size, device)  # (M, P, 2)
+        indices = torch.arange(side * side, device=device).view(positions.shape[:2])  # (M, P)
+
+        return Generation(
+            self.transformer,
+            self.scheduler,
+            prefix,
+            latents,
+            positions,
+            "condition_indices",
+            indices,
+            SamplingSettings(
+                num_inference_steps,
+                guidance_scale,
+                guidance_schedule,
+                None if guidance_interval is None else tuple(guidance_interval),
+                early_stop_threshold,
+            ),
+            generator,
+            attention_kwargs,
+        )
+
+    @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | list[int | str],
@@ -156,7 +219,8 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             generator (`torch.Generator` or a list, *optional*): one generator reproduces the original's draws for the
                 batch as a whole; a list, one for each picture, makes each independent of its neighbours in the batch.
             latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere.
-                The decoded patches, the first in generation order, are kept, in the unconditional sequence too.
+                Decoded patches are kept, wherever they stand, in the unconditional sequence too, and the others
+                drawn; a patch of a picture is decoded whole or not at all.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`): an output object, or a tuple.
             callback_on_step_end (`Callable`, *optional*): called after every patch with the pipeline, the index of the
@@ -176,127 +240,28 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         Raises:
             ValueError, TypeError: for bad input, naming the argument, its value and what is allowed.
         """
+        # 1. Check inputs, prepare the labels and the code
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        if guidance_schedule is None:
-            guidance_schedule = self.config.default_guidance_schedule
-
-        # 1. Check inputs
-        label_ids = self.get_label_ids(class_labels)
-        check_positive_integer("num_inference_steps", num_inference_steps)
-        check_positive_integer("num_images_per_label", num_images_per_label)
-        check_guidance_scale("guidance_scale", guidance_scale)
-        check_guidance_schedule("guidance_schedule", guidance_schedule)
-        config = self.transformer.config
-        batch_size, side = len(label_ids) * num_images_per_label, config.sample_size
-        height = width = side * self.vae_scale_factor
-        self._check_patchwise_inputs(
-            batch_size,
-            height,
-            width,
+        self._check_output_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        generation = self.prepare_generation(
+            class_labels,
+            num_inference_steps,
+            guidance_scale,
+            guidance_schedule,
+            num_images_per_label,
             generator,
             latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
             attention_kwargs,
             guidance_interval,
             early_stop_threshold,
         )
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
-        device = self._execution_device
-        guided = self.do_classifier_free_guidance
 
-        # 2. Prepare the labels, each once, however many rows it has. Row r of the batch, the conditional rows first,
-        # goes on from the label `label_of_row[r]`
-        labels = torch.tensor([*label_ids, config.num_classes] if guided else label_ids, device=device)
-        label_of_row = [row // num_images_per_label for row in range(batch_size)]
-        if guided:
-            label_of_row += [len(label_ids)] * batch_size
+        # 2. Patch by patch: denoise the next one, then feed it back
+        code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        # 3. Prepare the code
-        latents = self.prepare_latents(batch_size, height, width, device, latents)
-        patches = grid_to_patches(latents, config.patch_size)  # (B, M, P, C)
-        num_patches = patches.shape[1]
-        num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
-        positions = patch_positions(side, side, config.patch_size, device)  # (M, P, 2)
-        indices = torch.arange(side * side, device=device).view(num_patches, -1)  # (M, P)
-
-        # 4. Prepare the timesteps of a patch
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        guided_evaluations = self._guided_evaluations(guidance_interval)
-        self._num_timesteps = num_patches
-
-        # 5. Read the classes: the last block of each one's tokens predicts the first patch of its pictures
-        dtype = self.transformer.dtype
-        kv_cache = self.transformer.allocate_kv_cache(len(labels), 0, dtype, device)
-        kv_cache.extend(config.num_class_tokens + config.patch_size**2 - 1)
-        condition = self.transformer(
-            class_labels=labels,
-            condition_indices=indices[:1],
-            kv_cache=kv_cache,
-            attention_kwargs=attention_kwargs,
-        ).condition
-        # The next call may overwrite what this one returned (CUDA graphs do): what lives longer is a copy
-        condition = condition[label_of_row, 0]  # (R, P, D); R rows
-        kv_cache = kv_cache.repeat_rows(label_of_row, (num_patches - 1) * config.patch_size**2)
-
-        # 6. Patch by patch: denoise the next one, then feed it back
-        with self.progress_bar(total=num_patches) as progress_bar:
-            progress_bar.update(num_kept)
-            for i in range(num_patches):
-                if self.interrupt:
-                    continue
-                self._current_timestep = i
-                unconditional_patch = None  # (B, P, C) where it is not the conditional one
-                if i >= num_kept:
-                    scale = self._guidance_scale if guided else None
-                    if guided and guidance_schedule == "linear":
-                        scale = 1 + (self._guidance_scale - 1) * i / num_patches
-                    shape = patches[:, i].shape
-                    if scale == 1 and self._guidance_scale != 1:
-                        noise = draw_halves_noise(num_inference_steps, shape, generator, device)
-                        scale = None
-                    else:
-                        noise = draw_patch_noise(num_inference_steps, shape, generator, device)
-                    prediction = self._denoise_patch(condition, noise, scale, guided_evaluations, early_stop_threshold)
-                    bits = torch.where(prediction > 0, 1.0, -1.0)
-                    patches[:, i] = bits[:batch_size]
-                    if len(bits) > batch_size:
-                        unconditional_patch = bits[batch_size:]
-                    if callback_on_step_end is not None:
-                        patches = self._call_back(
-                            callback_on_step_end, callback_on_step_end_tensor_inputs, i, patches, (side, side)
-                        )
-                    progress_bar.update()
-                if i + 1 < num_patches and not self.interrupt:
-                    code = patches[:, i]
-                    if guided:
-                        code = torch.cat([code, code if unconditional_patch is None else unconditional_patch])
-                    kv_cache.extend(config.patch_size**2)
-                    condition = (
-                        self.transformer(
-                            code=code[:, None].to(dtype),
-                            code_positions=positions[i : i + 1],
-                            condition_indices=indices[i + 1 : i + 2],
-                            kv_cache=kv_cache,
-                            attention_kwargs=attention_kwargs,
-                        )
-                        .condition[:, 0]
-                        .clone()
-                    )
-        self._current_timestep = None
-        del kv_cache  # its memory is for the vae now
-
-        # 7. Decode the picture
-        images = self.decode_latents(patches_to_grid(patches, side, side), output_type, generator)
+        # 3. Decode the pictures
+        images = self.decode_latents(code, output_type, generator)
 
         self.maybe_free_model_hooks()
         return BitDancePipelineOutput(images=images) if return_dict else (images,)
