@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..patch_order import grid_to_patches, patches_to_grid
 from ..sampling import denoise_patch
+from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 
 # Modulations are formed for so many tokens at once or up to twice that, of as many evaluations of the head as that
 # makes: enough to be bound by their products and not by reading the weights, and few enough to be kept.
@@ -58,11 +59,19 @@ class PatchwisePipelineMixin:
     def _prepare_image_processor(self) -> None:
         """
         Set `vae_scale_factor` and `image_processor`. Raises a `ValueError` where vae and transformer belong to
-        different checkpoints.
+        different checkpoints, and a `TypeError` where the scheduler is of another family.
         """
-        self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 16
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        if getattr(self, "vae", None) and getattr(self, "transformer", None):
+        # A compiled module has no truth value: components are compared with None.
+        self.vae_scale_factor = self.config.get("vae_scale_factor")
+        if self.vae is not None:
+            self.vae_scale_factor = self.vae.spatial_compression_ratio
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor or 1)
+        if self.scheduler is not None and not isinstance(self.scheduler, BinaryDiffusionScheduler):
+            raise TypeError(
+                f"`scheduler` is a {type(self.scheduler).__name__}; it has to be a BinaryDiffusionScheduler, whose "
+                "`solver_type` chooses the solver."
+            )
+        if self.vae is not None and self.transformer is not None:
             code_bits, read_bits = self.vae.config.latent_channels, self.transformer.config.in_channels
             if code_bits != read_bits:
                 raise ValueError(
@@ -70,11 +79,17 @@ class PatchwisePipelineMixin:
                     "(`in_channels`); they belong to different checkpoints."
                 )
 
+    def _check_components(self, *names: str) -> None:
+        """Raises a `ValueError` that names the components that are needed and absent."""
+        missing = [f"`{name}`" for name in names if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"The pipeline was built without its {' and '.join(missing)}, needed for this call.")
+
     def _check_patchwise_inputs(
         self,
         num_images: int,
-        height: int,
-        width: int,
+        latent_height: int,
+        latent_width: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         output_type: str,
@@ -102,6 +117,8 @@ class PatchwisePipelineMixin:
                 raise ValueError(f"`early_stop_threshold` is {early_stop_threshold}; it has to be between 0 and 1.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}.")
+        if output_type != "latent" and self.vae is None:
+            raise ValueError(f"`output_type` is {output_type!r}; without a `vae` only 'latent' is allowed.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"`callback_on_step_end` is {callback_on_step_end!r}; it has to be a function.")
         if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
@@ -130,7 +147,7 @@ class PatchwisePipelineMixin:
             if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
                 kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
                 raise TypeError(f"`latents` is of {kind}; it has to be a tensor of a float type.")
-            shape = self._latents_shape(num_images, height, width)
+            shape = (num_images, self.transformer.config.in_channels, latent_height, latent_width)
             if tuple(latents.shape) != shape:
                 raise ValueError(f"`latents` has shape {tuple(latents.shape)}; it has to be {shape}.")
             wrong = latents[(latents != 0) & (latents.abs() != 1)]
@@ -150,17 +167,18 @@ class PatchwisePipelineMixin:
                     "in generation order."
                 )
 
-    def _latents_shape(self, num_images: int, height: int, width: int) -> tuple[int, int, int, int]:
-        scale = self.vae_scale_factor
-        return num_images, self.transformer.config.in_channels, height // scale, width // scale
-
     def prepare_latents(
-        self, batch_size: int, height: int, width: int, device: torch.device, latents: torch.Tensor | None = None
+        self,
+        batch_size: int,
+        latent_height: int,
+        latent_width: int,
+        device: torch.device,
+        latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The code so far, (B, C, h, w) float32: `latents`, or 0 everywhere. `height` and `width` are in pixels."""
+        """The code so far, (B, C, h, w) float32: `latents`, or 0 everywhere."""
         if latents is not None:
             return latents.to(device, torch.float32, copy=True)
-        return torch.zeros(self._latents_shape(batch_size, height, width), device=device)
+        return torch.zeros(batch_size, self.transformer.config.in_channels, latent_height, latent_width, device=device)
 
     def _guided_evaluations(self, guidance_interval: tuple[float, float] | None) -> list[bool] | None:
         """Which evaluations of a patch stand in the interval; None where there is no interval."""

@@ -41,6 +41,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         default_guidance_scale (`float`): guidance, where a call names none.
         supported_sizes (list of `[height, width]`, *optional*): the sizes in pixels that the checkpoint was trained
             on. Another size is drawn with a warning.
+        vae_scale_factor (`int`, *optional*): pixels per token along a side, saved with the pipeline. It is the `vae`'s
+            own where there is one; without a `vae` it gives `height` and `width` their meaning.
     """
 
     def __init__(
@@ -54,8 +56,13 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 7.5,
         supported_sizes: list[list[int]] | None = None,
+        vae_scale_factor: int | None = None,
     ):
         super().__init__()
+        if vae is not None:
+            vae_scale_factor = vae.spatial_compression_ratio
+        elif vae_scale_factor is not None:
+            check_positive_integer("vae_scale_factor", vae_scale_factor)
         for name, value in (
             ("default_height", default_height),
             ("default_width", default_width),
@@ -75,9 +82,10 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
             supported_sizes=supported_sizes,
+            vae_scale_factor=vae_scale_factor,
         )
         self._prepare_image_processor()
-        if getattr(self, "tokenizer", None) and getattr(self, "transformer", None):
+        if self.tokenizer is not None and self.transformer is not None:
             check_tokenizer(self.tokenizer, self.transformer.config.patch_size, self.transformer.config.vocab_size)
 
     def check_inputs(
@@ -104,6 +112,12 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         early_stop_threshold: float | None,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
+        self._check_components("tokenizer", "transformer", "scheduler")
+        if self.vae_scale_factor is None:
+            raise ValueError(
+                "The pipeline was built without its `vae`, and its config has no `vae_scale_factor`, so that `height` "
+                "and `width` (pixels) have no meaning; load it with the `vae`, or pass `vae_scale_factor` to it."
+            )
         check_size(height, width, self.vae_scale_factor, self.transformer.config.patch_size)
         check_positive_integer("num_inference_steps", num_inference_steps)
         check_positive_integer("num_images_per_prompt", num_images_per_prompt)
@@ -175,8 +189,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
 
         self._check_patchwise_inputs(
             batch_size * num_images_per_prompt,
-            height,
-            width,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
             generator,
             latents,
             output_type,
@@ -218,8 +232,12 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             side.
 
         Raises:
-            ValueError: a text is not valid Unicode, or longer than `max_sequence_length` tokens in its frame.
+            ValueError: a text is not valid Unicode, or longer than `max_sequence_length` tokens in its frame; the
+                transformer, or for a text the tokenizer, is absent.
         """
+        self._check_components("transformer")
+        if prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None):
+            self._check_components("tokenizer")
         device = device or self._execution_device
 
         # All texts are tokenized and measured before a weight is touched.
@@ -413,8 +431,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
 
         # 3. Prepare the code, and the tokens that announce it
         patch_size = self.transformer.config.patch_size
-        latents = self.prepare_latents(batch_size, height, width, device, latents)
-        latent_height, latent_width = latents.shape[-2:]
+        latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
+        latents = self.prepare_latents(batch_size, latent_height, latent_width, device, latents)
         patches = grid_to_patches(latents, patch_size)  # (B, M, P, C)
         num_patches = patches.shape[1]
         num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())

@@ -83,7 +83,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         # A class answers to its whole entry and to each of the synonyms in it.
         self._ids_of_label: dict[str, list[int]] = {}
         if label_names is not None:
-            num_classes = self.transformer.config.num_classes if getattr(self, "transformer", None) else None
+            num_classes = self.transformer.config.num_classes if self.transformer is not None else None
             if not isinstance(label_names, (list, tuple)) or not all(isinstance(name, str) for name in label_names):
                 raise ValueError(f"`label_names` is {label_names!r}; it has to be a list of strings.")
             if num_classes is not None and len(label_names) != num_classes:
@@ -99,6 +99,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         Raises:
             TypeError, ValueError: an id out of range, an unknown name, or a name that several classes have.
         """
+        self._check_components("transformer")
         labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
         if not labels:
             raise ValueError("`class_labels` is an empty list; it has to hold at least one label.")
@@ -186,6 +187,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             guidance_schedule = self.config.default_guidance_schedule
 
         # 1. Check inputs
+        self._check_components("transformer", "scheduler")
         label_ids = self.get_label_ids(class_labels)
         check_positive_integer("num_inference_steps", num_inference_steps)
         check_positive_integer("num_images_per_label", num_images_per_label)
@@ -193,11 +195,10 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         check_guidance_schedule("guidance_schedule", guidance_schedule)
         config = self.transformer.config
         batch_size, side = len(label_ids) * num_images_per_label, config.sample_size
-        height = width = side * self.vae_scale_factor
         self._check_patchwise_inputs(
             batch_size,
-            height,
-            width,
+            side,
+            side,
             generator,
             latents,
             output_type,
@@ -222,7 +223,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             label_of_row += [len(label_ids)] * batch_size
 
         # 3. Prepare the code
-        latents = self.prepare_latents(batch_size, height, width, device, latents)
+        latents = self.prepare_latents(batch_size, side, side, device, latents)
         patches = grid_to_patches(latents, config.patch_size)  # (B, M, P, C)
         num_patches = patches.shape[1]
         num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
