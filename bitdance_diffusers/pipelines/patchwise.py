@@ -231,7 +231,7 @@ class PatchwisePipelineMixin:
 
     def _call_back(
         self,
-        callback_on_step_end: Callable[..., dict],
+        callback_on_step_end: Callable[..., dict | None],
         callback_on_step_end_tensor_inputs: list[str],
         index: int,
         patches: torch.Tensor,
@@ -242,6 +242,8 @@ class PatchwisePipelineMixin:
         callback_outputs = callback_on_step_end(
             self, index, index, {name: latents for name in callback_on_step_end_tensor_inputs}
         )
+        if callback_outputs is None:
+            return patches
         latents = callback_outputs.pop("latents", latents)
         return grid_to_patches(latents, self.transformer.config.patch_size).clone()
 
