@@ -1,6 +1,7 @@
 """What the pipelines share: a picture's code grows patch by patch, and is decoded at the end."""
 
 from collections.abc import Callable, Iterator
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,14 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 def check_positive_integer(name: str, value: Any) -> None:
     """Raises a `TypeError` or `ValueError` that names the argument."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` is {value!r}; it has to be a positive integer.")
     if value < 1:
         raise ValueError(f"`{name}` is {value}; it has to be a positive integer.")
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_guidance_scale(name: str, value: Any) -> None:

@@ -63,6 +63,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             vae_scale_factor = vae.spatial_compression_ratio
         elif vae_scale_factor is not None:
             check_positive_integer("vae_scale_factor", vae_scale_factor)
+            vae_scale_factor = int(vae_scale_factor)
         for name, value in (
             ("default_height", default_height),
             ("default_width", default_width),
@@ -75,12 +76,15 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                 isinstance(size, (list, tuple)) and len(size) == 2 for size in supported_sizes
             ):
                 raise ValueError(f"`supported_sizes` is {supported_sizes!r}; it has to be a list of [height, width].")
+            for side in sum(map(list, supported_sizes), []):
+                check_positive_integer("supported_sizes", side)
+            supported_sizes = [[int(side) for side in size] for size in supported_sizes]
         self.register_modules(tokenizer=tokenizer, vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
-            default_height=default_height,
-            default_width=default_width,
-            default_num_inference_steps=default_num_inference_steps,
-            default_guidance_scale=default_guidance_scale,
+            default_height=int(default_height),
+            default_width=int(default_width),
+            default_num_inference_steps=int(default_num_inference_steps),
+            default_guidance_scale=float(default_guidance_scale),
             supported_sizes=supported_sizes,
             vae_scale_factor=vae_scale_factor,
         )
@@ -387,12 +391,14 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             guidance_interval,
             early_stop_threshold,
         )
+        height, width, num_inference_steps = int(height), int(width), int(num_inference_steps)
+        num_images_per_prompt = int(num_images_per_prompt)
         supported = self.config.supported_sizes
         if supported is not None and [height, width] not in [list(size) for size in supported]:
             logger.warning_once(
                 f"{height} x {width} is not a size that this checkpoint was trained on; those are {supported}."
             )
-        self._guidance_scale = guidance_scale
+        self._guidance_scale = float(guidance_scale)
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
         self._interrupt = False
@@ -471,7 +477,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                 self._current_timestep = i
                 if i >= num_kept:
                     noise = draw_patch_noise(num_inference_steps, patches[:, i].shape, generator, device)
-                    scale = self._guidance_scale if guided else None
+                    scale = float(self._guidance_scale) if guided else None
                     prediction = self._denoise_patch(condition, noise, scale, guided_evaluations, early_stop_threshold)
                     patches[:, i] = torch.where(prediction > 0, 1.0, -1.0)
                     if callback_on_step_end is not None:

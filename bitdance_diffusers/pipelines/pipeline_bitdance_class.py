@@ -1,6 +1,7 @@
 """BitDanceClassPipeline: class to image."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         check_guidance_schedule("default_guidance_schedule", default_guidance_schedule)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
-            default_num_inference_steps=default_num_inference_steps,
-            default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=int(default_num_inference_steps),
+            default_guidance_scale=float(default_guidance_scale),
             default_guidance_schedule=default_guidance_schedule,
             label_names=label_names,
         )
@@ -114,12 +115,12 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                 if len(found) > 1:
                     raise ValueError(f"`class_labels` holds {label!r}, the name of several classes: {found}.")
                 ids.append(found[0])
-            elif not isinstance(label, int) or isinstance(label, bool):
+            elif not isinstance(label, Integral) or isinstance(label, bool):
                 raise TypeError(f"`class_labels` holds {label!r}; it has to hold class ids or names.")
             elif not 0 <= label < num_classes:
                 raise ValueError(f"`class_labels` holds {label}; the classes are 0 to {num_classes - 1}.")
             else:
-                ids.append(label)
+                ids.append(int(label))
         return ids
 
     @torch.no_grad()
@@ -194,6 +195,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         check_guidance_scale("guidance_scale", guidance_scale)
         check_guidance_schedule("guidance_schedule", guidance_schedule)
         config = self.transformer.config
+        num_inference_steps, num_images_per_label = int(num_inference_steps), int(num_images_per_label)
         batch_size, side = len(label_ids) * num_images_per_label, config.sample_size
         self._check_patchwise_inputs(
             batch_size,
@@ -208,7 +210,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             guidance_interval,
             early_stop_threshold,
         )
-        self._guidance_scale = guidance_scale
+        self._guidance_scale = float(guidance_scale)
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
         self._interrupt = False
@@ -258,11 +260,12 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                 self._current_timestep = i
                 unconditional_patch = None  # (B, P, C) where it is not the conditional one
                 if i >= num_kept:
-                    scale = self._guidance_scale if guided else None
+                    guidance_scale = float(self._guidance_scale)  # a callback may have changed it
+                    scale = guidance_scale if guided else None
                     if guided and guidance_schedule == "linear":
-                        scale = 1 + (self._guidance_scale - 1) * i / num_patches
+                        scale = 1 + (guidance_scale - 1) * i / num_patches
                     shape = patches[:, i].shape
-                    if scale == 1 and self._guidance_scale != 1:
+                    if scale == 1 and guidance_scale != 1:
                         noise = draw_halves_noise(num_inference_steps, shape, generator, device)
                         scale = None
                     else:
