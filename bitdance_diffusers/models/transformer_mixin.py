@@ -14,7 +14,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from .checked_loading import CheckedLoadingMixin
+from .checked_loading import CheckedLoadingMixin, check_safe_serialization
 
 
 @dataclass
@@ -59,6 +59,13 @@ class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
                 "Save them with `save_lora_adapter`, or merge them with `fuse_lora` and call `unload_lora`."
             )
         super().save_pretrained(*args, **kwargs)
+
+    @functools.wraps(PeftAdapterMixin.save_lora_adapter)
+    def save_lora_adapter(
+        self, save_directory, adapter_name="default", upcast_before_saving=False, safe_serialization=True, **kwargs
+    ) -> None:
+        check_safe_serialization(safe_serialization)
+        super().save_lora_adapter(save_directory, adapter_name, upcast_before_saving, **kwargs)
 
     def _check_sizes(self, *multiples: tuple[str, str]) -> None:
         """

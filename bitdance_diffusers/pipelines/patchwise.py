@@ -1,5 +1,7 @@
 """What the pipelines share: a picture's code grows patch by patch, and is decoded at the end."""
 
+import functools
+import os
 from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 from typing import Any
@@ -7,9 +9,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from ..models.checked_loading import check_safe_serialization
 from ..patch_order import grid_to_patches, patches_to_grid
 from ..sampling import denoise_patch
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
@@ -56,6 +60,27 @@ class PatchwisePipelineMixin:
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
+
+    @functools.wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
+        check_safe_serialization(safe_serialization)  # before a component is written
+        super().save_pretrained(save_directory, **kwargs)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the pictures of a batch one by one: `pipe.vae.enable_slicing()`."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Undo `enable_vae_slicing`."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode pictures in overlapping tiles: `pipe.vae.enable_tiling()`, which also takes the tiles' sizes."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Undo `enable_vae_tiling`."""
+        self.vae.disable_tiling()
 
     def _prepare_image_processor(self) -> None:
         """
