@@ -74,6 +74,14 @@ def test_pixels_have_no_meaning_where_no_scale_is_known(t2i_pipeline):
     assert draw(pipeline).shape[-2:] == (2, 2)
 
 
+def test_slicing_and_tiling_of_the_vae(load):
+    pipeline = load()
+    for name in ("slicing", "tiling"):
+        for verb, state in (("enable", True), ("disable", False)):
+            getattr(pipeline, f"{verb}_vae_{name}")()
+            assert getattr(pipeline.vae, f"use_{name}") is state
+
+
 @pytest.mark.parametrize("name", ["transformer", "scheduler"])
 def test_a_missing_component_is_named(load, name):
     with pytest.raises(ValueError, match=f"built without its `{name}`"):
