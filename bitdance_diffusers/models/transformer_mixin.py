@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .block_causal_decoder import StaticKVCache
-from .checked_loading import CheckedLoadingMixin
+from .checked_loading import CheckedLoadingMixin, check_safe_serialization
 
 
 @dataclass
@@ -71,6 +72,13 @@ class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
             )
         super().save_pretrained(*args, **kwargs)
 
+    @functools.wraps(PeftAdapterMixin.save_lora_adapter)
+    def save_lora_adapter(
+        self, save_directory, adapter_name="default", upcast_before_saving=False, safe_serialization=True, **kwargs
+    ) -> None:
+        check_safe_serialization(safe_serialization)
+        super().save_lora_adapter(save_directory, adapter_name, upcast_before_saving, **kwargs)
+
     def _check_sizes(self, *multiples: tuple[str, str]) -> None:
         """
         Check the config against the types of `__init__`'s defaults, and that each pair's first is a multiple of its
@@ -81,10 +89,12 @@ class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
             kind, value = type(parameter.default), sizes.get(name)
             if kind is bool and not isinstance(value, bool):
                 raise ValueError(f"`{name}` is {value!r}; it has to be true or false.")
-            if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if kind is int and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; it has to be a positive integer.")
-            if kind is float and (not isinstance(value, (int, float)) or not 0 < value < math.inf):
+            if kind is float and (not isinstance(value, Real) or not 0 < value < math.inf):
                 raise ValueError(f"`{name}` is {value!r}; it has to be a positive number.")
+            if kind in (int, float):
+                self.register_to_config(**{name: kind(value)})  # what a file can hold, were it a number of NumPy's
         for whole, part in multiples:
             if sizes[whole] % sizes[part]:
                 raise ValueError(f"`{whole}` ({sizes[whole]}) has to be a multiple of `{part}` ({sizes[part]}).")

@@ -1,32 +1,38 @@
 """What the pipelines share: a batch is drawn patch by patch while the user watches, and decoded at the end."""
 
 import dataclasses
+import functools
+import os
 import threading
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..generation import Generation
+from ..models.checked_loading import check_safe_serialization
 from ..patch_order import grid_to_patches
+from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def check_positive_integer(name: str, value: Any) -> None:
     """Raises a `TypeError` or `ValueError` that names the argument."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` is {value!r}; it has to be a positive integer.")
     if value < 1:
         raise ValueError(f"`{name}` is {value}; it has to be a positive integer.")
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_guidance_scale(name: str, value: Any) -> None:
@@ -78,22 +84,57 @@ class PatchwisePipelineMixin:
     _current_timestep = _state_property("current_timestep")
     _interrupt = _state_property("interrupt")
 
+    @functools.wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
+        check_safe_serialization(safe_serialization)  # before a component is written
+        super().save_pretrained(save_directory, **kwargs)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the pictures of a batch one by one: `pipe.vae.enable_slicing()`."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Undo `enable_vae_slicing`."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode pictures in overlapping tiles: `pipe.vae.enable_tiling()`, which also takes the tiles' sizes."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Undo `enable_vae_tiling`."""
+        self.vae.disable_tiling()
+
     def _prepare_image_processor(self) -> None:
         """
         Set `vae_scale_factor` and `image_processor`. Raises a `ValueError` where vae and transformer belong to
-        different checkpoints.
+        different checkpoints, and a `TypeError` where the scheduler is of another family.
         """
         self._calls: dict[int, CallState] = {}  # under way, by thread
         self._last_call = CallState(self.config.default_guidance_scale)
-        self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 16
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        if getattr(self, "vae", None) and getattr(self, "transformer", None):
+        # A compiled module has no truth value: components are compared with None.
+        self.vae_scale_factor = self.config.get("vae_scale_factor")
+        if self.vae is not None:
+            self.vae_scale_factor = self.vae.spatial_compression_ratio
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor or 1)
+        if self.scheduler is not None and not isinstance(self.scheduler, BinaryDiffusionScheduler):
+            raise TypeError(
+                f"`scheduler` is a {type(self.scheduler).__name__}; it has to be a BinaryDiffusionScheduler, whose "
+                "`solver_type` chooses the solver."
+            )
+        if self.vae is not None and self.transformer is not None:
             code_bits, read_bits = self.vae.config.latent_channels, self.transformer.config.in_channels
             if code_bits != read_bits:
                 raise ValueError(
                     f"`vae` writes {code_bits} bits a token (`latent_channels`) but `transformer` reads {read_bits} "
                     "(`in_channels`); they belong to different checkpoints."
                 )
+
+    def _check_components(self, *names: str) -> None:
+        """Raises a `ValueError` that names the components that are needed and absent."""
+        missing = [f"`{name}`" for name in names if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"The pipeline was built without its {' and '.join(missing)}, needed for this call.")
 
     def _check_output_inputs(
         self,
@@ -104,6 +145,8 @@ class PatchwisePipelineMixin:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}.")
+        if output_type != "latent" and self.vae is None:
+            raise ValueError(f"`output_type` is {output_type!r}; without a `vae` only 'latent' is allowed.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"`callback_on_step_end` is {callback_on_step_end!r}; it has to be a function.")
         if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
@@ -119,8 +162,8 @@ class PatchwisePipelineMixin:
     def _check_patchwise_inputs(
         self,
         num_images: int,
-        height: int,
-        width: int,
+        latent_height: int,
+        latent_width: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         attention_kwargs: dict[str, Any] | None,
@@ -159,7 +202,7 @@ class PatchwisePipelineMixin:
             if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
                 kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
                 raise TypeError(f"`latents` is of {kind}; it has to be a tensor of a float type.")
-            shape = self._latents_shape(num_images, height, width)
+            shape = (num_images, self.transformer.config.in_channels, latent_height, latent_width)
             if tuple(latents.shape) != shape:
                 raise ValueError(f"`latents` has shape {tuple(latents.shape)}; it has to be {shape}.")
             wrong = latents[(latents != 0) & (latents.abs() != 1)]
@@ -173,17 +216,18 @@ class PatchwisePipelineMixin:
                     "`latents` holds a partly decoded patch; a patch of a picture is 0 everywhere or nowhere."
                 )
 
-    def _latents_shape(self, num_images: int, height: int, width: int) -> tuple[int, int, int, int]:
-        scale = self.vae_scale_factor
-        return num_images, self.transformer.config.in_channels, height // scale, width // scale
-
     def prepare_latents(
-        self, batch_size: int, height: int, width: int, device: torch.device, latents: torch.Tensor | None = None
+        self,
+        batch_size: int,
+        latent_height: int,
+        latent_width: int,
+        device: torch.device,
+        latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The code so far, (B, C, h, w) float32: `latents`, or 0 everywhere. `height` and `width` are in pixels."""
+        """The code so far, (B, C, h, w) float32: `latents`, or 0 everywhere."""
         if latents is not None:
             return latents.to(device, torch.float32, copy=True)
-        return torch.zeros(self._latents_shape(batch_size, height, width), device=device)
+        return torch.zeros(batch_size, self.transformer.config.in_channels, latent_height, latent_width, device=device)
 
     def _draw(
         self,
@@ -210,13 +254,14 @@ class PatchwisePipelineMixin:
                         break
                     state.current_timestep = index
                     if state.guidance_scale != generation.pictures[0].settings.guidance_scale:
-                        generation.guide(state.guidance_scale)
+                        generation.guide(float(state.guidance_scale))
                     generation.advance()
                     if callback_on_step_end is not None:
                         latents = generation.code
                         tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
-                        outputs = callback_on_step_end(self, index, index, tensors) or {}
-                        generation.replace_code(outputs.get("latents", latents))
+                        outputs = callback_on_step_end(self, index, index, tensors)
+                        if outputs is not None:
+                            generation.replace_code(outputs.pop("latents", latents))
                     progress_bar.update()
                     num_ticks += 1
         finally:

@@ -41,6 +41,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         default_guidance_scale (`float`): guidance, where a call names none.
         supported_sizes (list of `[height, width]`, *optional*): the sizes in pixels that the checkpoint was trained
             on. Another size is drawn with a warning.
+        vae_scale_factor (`int`, *optional*): pixels per token along a side, saved with the pipeline. It is the `vae`'s
+            own where there is one; without a `vae` it gives `height` and `width` their meaning.
     """
 
     def __init__(
@@ -54,8 +56,14 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 7.5,
         supported_sizes: list[list[int]] | None = None,
+        vae_scale_factor: int | None = None,
     ):
         super().__init__()
+        if vae is not None:
+            vae_scale_factor = vae.spatial_compression_ratio
+        elif vae_scale_factor is not None:
+            check_positive_integer("vae_scale_factor", vae_scale_factor)
+            vae_scale_factor = int(vae_scale_factor)
         for name, value in (
             ("default_height", default_height),
             ("default_width", default_width),
@@ -68,16 +76,20 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                 isinstance(size, (list, tuple)) and len(size) == 2 for size in supported_sizes
             ):
                 raise ValueError(f"`supported_sizes` is {supported_sizes!r}; it has to be a list of [height, width].")
+            for side in sum(map(list, supported_sizes), []):
+                check_positive_integer("supported_sizes", side)
+            supported_sizes = [[int(side) for side in size] for size in supported_sizes]
         self.register_modules(tokenizer=tokenizer, vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
-            default_height=default_height,
-            default_width=default_width,
-            default_num_inference_steps=default_num_inference_steps,
-            default_guidance_scale=default_guidance_scale,
+            default_height=int(default_height),
+            default_width=int(default_width),
+            default_num_inference_steps=int(default_num_inference_steps),
+            default_guidance_scale=float(default_guidance_scale),
             supported_sizes=supported_sizes,
+            vae_scale_factor=vae_scale_factor,
         )
         self._prepare_image_processor()
-        if getattr(self, "tokenizer", None) and getattr(self, "transformer", None):
+        if self.tokenizer is not None and self.transformer is not None:
             check_tokenizer(self.tokenizer, self.transformer.config.patch_size, self.transformer.config.vocab_size)
 
     def check_inputs(
@@ -101,6 +113,12 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         early_stop_threshold: float | None,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
+        self._check_components("tokenizer", "transformer", "scheduler")
+        if self.vae_scale_factor is None:
+            raise ValueError(
+                "The pipeline was built without its `vae`, and its config has no `vae_scale_factor`, so that `height` "
+                "and `width` (pixels) have no meaning; load it with the `vae`, or pass `vae_scale_factor` to it."
+            )
         check_size(height, width, self.vae_scale_factor, self.transformer.config.patch_size)
         check_positive_integer("num_inference_steps", num_inference_steps)
         check_positive_integer("num_images_per_prompt", num_images_per_prompt)
@@ -172,8 +190,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
 
         self._check_patchwise_inputs(
             batch_size * num_images_per_prompt,
-            height,
-            width,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
             generator,
             latents,
             attention_kwargs,
@@ -212,8 +230,12 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             side.
 
         Raises:
-            ValueError: a text is not valid Unicode, or longer than `max_sequence_length` tokens in its frame.
+            ValueError: a text is not valid Unicode, or longer than `max_sequence_length` tokens in its frame; the
+                transformer, or for a text the tokenizer, is absent.
         """
+        self._check_components("transformer")
+        if prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None):
+            self._check_components("tokenizer")
         device = device or self._execution_device
 
         # All texts are tokenized and measured before a weight is touched.
@@ -316,6 +338,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             guidance_interval,
             early_stop_threshold,
         )
+        height, width = int(height), int(width)
+        latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
         supported = self.config.supported_sizes
         if supported is not None and [height, width] not in [list(size) for size in supported]:
             logger.warning_once(
@@ -341,14 +365,14 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             unconditional, unconditional_mask = unconditional[:1], unconditional_mask[:1]
 
         # 3. Prepare the code, and what stands in front of it: the texts and the tokens that announce the picture
+        num_images_per_prompt, patch_size = int(num_images_per_prompt), self.transformer.config.patch_size
         batch_size = conditional.shape[0] * num_images_per_prompt
-        latents = self.prepare_latents(batch_size, height, width, device, latents)
-        size, patch_size = tuple(latents.shape[-2:]), self.transformer.config.patch_size
-        start_ids = picture_start_ids(self.tokenizer, *size, patch_size)
+        latents = self.prepare_latents(batch_size, latent_height, latent_width, device, latents)
+        start_ids = picture_start_ids(self.tokenizer, latent_height, latent_width, patch_size)
         prefix = self._prepare_prefix(
             conditional, mask, unconditional, unconditional_mask, start_ids, num_images_per_prompt
         )
-        positions = patch_positions(*size, patch_size, device)  # (M, P, 2)
+        positions = patch_positions(latent_height, latent_width, patch_size, device)  # (M, P, 2)
 
         return Generation(
             self.transformer,
@@ -359,8 +383,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             "condition_positions",
             positions,
             SamplingSettings(
-                num_inference_steps,
-                guidance_scale,
+                int(num_inference_steps),
+                float(guidance_scale),
                 guidance_interval=None if guidance_interval is None else tuple(guidance_interval),
                 early_stop_threshold=early_stop_threshold,
             ),
@@ -417,7 +441,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         negative_prompt_embeds_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 1024,
@@ -451,7 +475,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             return_dict (`bool`): an output object, or a tuple.
             callback_on_step_end (`Callable`, *optional*): called after every patch with the pipeline, the index of the
                 patch (twice) and a dict of `callback_on_step_end_tensor_inputs`; `latents` in the dict that it returns
-                takes the place of the code so far.
+                takes the place of the code so far. One that returns None changes nothing.
             attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
             max_sequence_length (`int`): most tokens that a text may have in its frame. Nothing is cut off.
             guidance_interval (pair of `float`, *optional*): times, from 0 (noise) to 1 (data), between which the

@@ -1,6 +1,7 @@
 """BitDanceClassPipeline: class to image."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         check_guidance_schedule("default_guidance_schedule", default_guidance_schedule)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
-            default_num_inference_steps=default_num_inference_steps,
-            default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=int(default_num_inference_steps),
+            default_guidance_scale=float(default_guidance_scale),
             default_guidance_schedule=default_guidance_schedule,
             label_names=label_names,
         )
@@ -65,7 +66,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         # A class answers to its whole entry and to each of the synonyms in it.
         self._ids_of_label: dict[str, list[int]] = {}
         if label_names is not None:
-            num_classes = self.transformer.config.num_classes if getattr(self, "transformer", None) else None
+            num_classes = self.transformer.config.num_classes if self.transformer is not None else None
             if not isinstance(label_names, (list, tuple)) or not all(isinstance(name, str) for name in label_names):
                 raise ValueError(f"`label_names` is {label_names!r}; it has to be a list of strings.")
             if num_classes is not None and len(label_names) != num_classes:
@@ -81,6 +82,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         Raises:
             TypeError, ValueError: an id out of range, an unknown name, or a name that several classes have.
         """
+        self._check_components("transformer")
         labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
         if not labels:
             raise ValueError("`class_labels` is an empty list; it has to hold at least one label.")
@@ -95,12 +97,12 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                 if len(found) > 1:
                     raise ValueError(f"`class_labels` holds {label!r}, the name of several classes: {found}.")
                 ids.append(found[0])
-            elif not isinstance(label, int) or isinstance(label, bool):
+            elif not isinstance(label, Integral) or isinstance(label, bool):
                 raise TypeError(f"`class_labels` holds {label!r}; it has to hold class ids or names.")
             elif not 0 <= label < num_classes:
                 raise ValueError(f"`class_labels` holds {label}; the classes are 0 to {num_classes - 1}.")
             else:
-                ids.append(label)
+                ids.append(int(label))
         return ids
 
     @torch.no_grad()
@@ -129,18 +131,19 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             guidance_scale = self.config.default_guidance_scale
         if guidance_schedule is None:
             guidance_schedule = self.config.default_guidance_schedule
+        self._check_components("transformer", "scheduler")
         label_ids = self.get_label_ids(class_labels)
         check_positive_integer("num_inference_steps", num_inference_steps)
         check_positive_integer("num_images_per_label", num_images_per_label)
         check_guidance_scale("guidance_scale", guidance_scale)
         check_guidance_schedule("guidance_schedule", guidance_schedule)
         config = self.transformer.config
+        num_images_per_label = int(num_images_per_label)
         batch_size, side = len(label_ids) * num_images_per_label, config.sample_size
-        height = width = side * self.vae_scale_factor
         self._check_patchwise_inputs(
             batch_size,
-            height,
-            width,
+            side,
+            side,
             generator,
             latents,
             attention_kwargs,
@@ -161,7 +164,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         )
 
         # 3. Prepare the code
-        latents = self.prepare_latents(batch_size, height, width, device, latents)
+        latents = self.prepare_latents(batch_size, side, side, device, latents)
         positions = patch_positions(side, side, config.patch_size, device)  # (M, P, 2)
         indices = torch.arange(side * side, device=device).view(positions.shape[:2])  # (M, P)
 
@@ -174,8 +177,8 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             "condition_indices",
             indices,
             SamplingSettings(
-                num_inference_steps,
-                guidance_scale,
+                int(num_inference_steps),
+                float(guidance_scale),
                 guidance_schedule,
                 None if guidance_interval is None else tuple(guidance_interval),
                 early_stop_threshold,
@@ -196,7 +199,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
         attention_kwargs: dict[str, Any] | None = None,
         guidance_interval: tuple[float, float] | None = None,
@@ -225,7 +228,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             return_dict (`bool`): an output object, or a tuple.
             callback_on_step_end (`Callable`, *optional*): called after every patch with the pipeline, the index of the
                 patch (twice) and a dict of `callback_on_step_end_tensor_inputs`; `latents` in the dict that it returns
-                takes the place of the (conditional) code so far.
+                takes the place of the (conditional) code so far. One that returns None changes nothing.
             attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
             guidance_interval (pair of `float`, *optional*): times, from 0 (noise) to 1 (data), between which the
                 prediction is guided (Kynkäänniemi et al., 2024, arXiv 2404.07724); elsewhere the head evaluates the
