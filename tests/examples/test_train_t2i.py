@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-import train_t2i
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_t2i
 from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.prompt import picture_start_ids
 from bitdance_diffusers.training.initialization import initialize_weights

@@ -15,13 +15,14 @@ def killed_in_a_checkpoint(script):
     """A program that runs a training script and ends without notice while checkpoint-4 is on its way to the disk."""
     return f"""
 import os, signal, sys
-import {script}, training_utils
-flush = training_utils._flush
+import {script}
+from training import checkpoints
+flush = checkpoints.flush
 def killed(path):
     if ".checkpoint-4.partial" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     flush(path)
-training_utils._flush = killed
+checkpoints.flush = killed
 {script}.main({script}.parse_args(sys.argv[1:]))
 """
 
@@ -30,10 +31,11 @@ def recorded(script):
     """A program that writes the first step's gradients and the losses of all to a file of its own process."""
     return f"""
 import sys, torch
-import {script}, training_utils
+import {script}
 from accelerate import PartialState
+from training import transformer_run
 record = {{"losses": []}}
-check_finite = training_utils.check_finite
+check_finite = transformer_run.check_finite
 def recorded(accelerator, name, value, step):
     mean = check_finite(accelerator, name, value, step)
     if name == "loss":
@@ -43,7 +45,7 @@ def clip(accelerator, parameters, max_norm, step):
     parameters = list(parameters)
     record.setdefault("gradients", [p.grad.clone() for p in parameters])
     accelerator.clip_grad_norm_(parameters, max_norm)
-training_utils.check_finite, training_utils.clip_gradients = recorded, clip
+transformer_run.check_finite, transformer_run.clip_gradients = recorded, clip
 {script}.main({script}.parse_args(sys.argv[2:]))
 torch.save(record, f"{{sys.argv[1]}}-{{PartialState().process_index}}")
 """
