@@ -36,7 +36,7 @@ class StaticKVCache:
         num_layers, num_key_value_heads, head_dim: the decoder's sizes.
         row_lengths (list of B `int`): tokens of each row's text.
         num_image_tokens (`int`): tokens that may follow the text.
-        dtype, device: of keys and values.
+        dtype, device: of keys and values. Inside `torch.autocast` they have the dtype that it gives the projections.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class StaticKVCache:
         order = sorted(range(len(row_lengths)), key=row_lengths.__getitem__)
         self.row_order = torch.tensor(order, device=device)
         self.row_places = self.row_order.argsort()
+        if torch.is_autocast_enabled(torch.device(device).type):
+            dtype = torch.get_autocast_dtype(torch.device(device).type)
         longest = self.text_lengths[-1]
         self._padding = torch.tensor([longest - row_lengths[row] for row in order], device=device)[:, None]  # (B, 1)
         self._all_slots = torch.arange(longest + num_image_tokens, device=device)
@@ -179,8 +181,9 @@ class BlockCausalAttnProcessor:
         if attn.norm_q is not None:
             query = attn.norm_q(query)
             key = attn.norm_k(key)
-        query = apply_rotary(query, rotary)
-        key = apply_rotary(key, rotary)
+        # Under autocast norms and rotary embedding are float32 and the projections are not: attention is theirs.
+        query = apply_rotary(query, rotary).to(value.dtype)
+        key = apply_rotary(key, rotary).to(value.dtype)
 
         if kv_cache is None:
             hidden_states = self.attend(query, key, value, attention_mask=attention_mask)
