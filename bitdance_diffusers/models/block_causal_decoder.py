@@ -9,8 +9,16 @@ K key/value heads.
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import nn
+
+# Parts of the names of backends that take no mask of queries and keys. Most raise; those of "varlen" make it one of
+# keys, so that a token would silently see what comes after it.
+MASKLESS_BACKENDS = ("flash", "sage", "aiter", "xla")
 
 
 class LayerKVCache:
@@ -133,6 +141,16 @@ def block_causal_mask(
     return mask
 
 
+def check_backend_takes_masks(backend: AttentionBackendName | None) -> None:
+    """Raises a `ValueError` that names the backend, Diffusers' active one where None, if it takes no mask."""
+    name = (backend or _AttentionBackendRegistry.get_active_backend()[0]).value
+    if any(part in name for part in MASKLESS_BACKENDS):
+        raise ValueError(
+            f"The attention backend {name!r} takes no mask, which a forward without a `kv_cache` (training) needs: "
+            "set one that does, such as `set_attention_backend('native')`. Generation needs none, and goes with it."
+        )
+
+
 def rotary_1d(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin) of the half-split rotary embedding in float32, each (..., head_dim), for integer positions (...)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
@@ -199,6 +217,8 @@ class BlockCausalAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
+        if attention_mask is not None:
+            check_backend_takes_masks(self._attention_backend)
         # Grouped heads are repeated: a mask together with enable_gqa takes the slow path, and most backends refuse it.
         groups = query.shape[2] // key.shape[2]
         if groups > 1:

@@ -31,6 +31,9 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
     binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a
     picture.
 
+    The defaults and sizes below are the checkpoint's. `BitDancePipeline(**pipe.components)` forgets them;
+    `BitDancePipeline.from_pipe(pipe)` shares the components too, and keeps them.
+
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the text tokenizer, with BitDance's size and query tokens.
         vae ([`BitDanceTokenizer`]): the binary autoencoder.
