@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .checked_loading import CheckedLoadingMixin, check_safe_serialization
+from .group_offloading import offload_blocks, prefetch_within_stacks
 
 
 @dataclass
@@ -66,6 +67,12 @@ class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
     ) -> None:
         check_safe_serialization(safe_serialization)
         super().save_lora_adapter(save_directory, adapter_name, upcast_before_saving, **kwargs)
+
+    @functools.wraps(ModelMixin.enable_group_offload)
+    def enable_group_offload(self, *args, block_modules: list[str] | None = None, **kwargs) -> None:
+        block_modules = offload_blocks(self) if block_modules is None else block_modules
+        super().enable_group_offload(*args, block_modules=block_modules, **kwargs)
+        prefetch_within_stacks(self)
 
     def _check_sizes(self, *multiples: tuple[str, str]) -> None:
         """
