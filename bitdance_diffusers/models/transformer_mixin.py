@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 
 from .block_causal_decoder import StaticKVCache
 from .checked_loading import CheckedLoadingMixin, check_safe_serialization
+from .group_offloading import offload_blocks, prefetch_within_stacks
 
 
 @dataclass
@@ -78,6 +79,12 @@ class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
     ) -> None:
         check_safe_serialization(safe_serialization)
         super().save_lora_adapter(save_directory, adapter_name, upcast_before_saving, **kwargs)
+
+    @functools.wraps(ModelMixin.enable_group_offload)
+    def enable_group_offload(self, *args, block_modules: list[str] | None = None, **kwargs) -> None:
+        block_modules = offload_blocks(self) if block_modules is None else block_modules
+        super().enable_group_offload(*args, block_modules=block_modules, **kwargs)
+        prefetch_within_stacks(self)
 
     def _check_sizes(self, *multiples: tuple[str, str]) -> None:
         """
