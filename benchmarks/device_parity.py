@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import print_record, print_table, synchronize
+from common import print_record, synchronize
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
 
@@ -136,6 +136,12 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
 
     rows, waits = [], {}
+
+    def report(*row: str) -> None:
+        rows.append(row)
+        print(" | ".join(row), flush=True)
+
+    report("model", "what", "bits equal to the CPU's float32", "to plain on the device")
     for model, (pipeline_class, path, call) in MODELS.items():
 
         def load(pipeline_class=pipeline_class, path=path) -> Pipeline:
@@ -157,25 +163,24 @@ def main(arguments: list[str] | None = None) -> None:
                 result = draw(pipeline, call | options, device)
             except Exception as error:  # the next line is run all the same
                 traceback.print_exc()
-                rows.append([model, name, f"{type(error).__name__}: {str(error)[:80]}", ""])
+                report(model, name, f"{type(error).__name__}: {str(error)[:80]}")
                 continue
             if options.get("output_type") == "pt":
                 shares = [f"{(result - expected).abs().max():.1e} off", ""]
             else:
                 shares = [f"{(result == expected).float().mean():.4f}"]
                 shares.append("" if options.keys() - {"autocast"} else f"{(result == plain).float().mean():.4f}")
-            rows.append([model, name, *shares])
+            report(model, name, *shares)
         if args.only is None:
             pipeline = load().to(device)
             for name, how in (("joined at the third patch", joined), ("saved and resumed", resumed)):
                 code = how(pipeline, call)
                 shares = [f"{(code == other).float().mean():.4f}" for other in (of_the_cpu, plain)]
-                rows.append([model, name, *shares])
+                report(model, name, *shares)
             if device.type == "cuda":
                 waits[model] = waits_between_patches(pipeline, call)
             synchronize(device)
 
-    print_table(["model", "what", "equal to the CPU's float32", "equal to plain on the device"], rows)
     for model, number in waits.items():
         print(f"{model}: the host waits {number} times between the end of the first patch and that of the last")
     print_record("device_parity", device, rows=rows, waits_between_patches=waits)
