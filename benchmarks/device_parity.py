@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from common import print_record, synchronize
+from diffusers import attention_backend
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
 
@@ -48,11 +49,8 @@ def group_offload(**options) -> Callable:
     return lambda pipeline, device: pipeline.enable_group_offload(device, **options)
 
 
-def backend(name: str) -> Callable:
-    def prepare(pipeline: Pipeline, device: torch.device) -> None:
-        pipeline.to(device, torch.bfloat16).transformer.set_attention_backend(name)
-
-    return prepare
+def place_in_bfloat16(pipeline: Pipeline, device: torch.device) -> Pipeline:
+    return pipeline.to(device, torch.bfloat16)
 
 
 # name -> (how the pipeline is prepared, arguments of the call)
@@ -72,19 +70,21 @@ SCENARIOS: dict[str, tuple[Callable, dict]] = {
     "group offload, leaves, stream": (group_offload(offload_type="leaf_level", use_stream=True), {}),
     "compiled": (compiled("default"), {}),
     "compiled, CUDA graphs": (compiled("reduce-overhead"), {}),
-    "bfloat16": (lambda pipeline, device: pipeline.to(device, torch.bfloat16), {}),
+    "bfloat16": (place_in_bfloat16, {}),
     "float16": (lambda pipeline, device: pipeline.to(device, torch.float16), {}),
-    "bfloat16, _native_flash": (backend("_native_flash"), {}),
-    "bfloat16, _native_cudnn": (backend("_native_cudnn"), {}),
+    "bfloat16, _native_flash": (place_in_bfloat16, {"backend": "_native_flash"}),
+    "bfloat16, _native_cudnn": (place_in_bfloat16, {"backend": "_native_cudnn"}),
     "autocast to bfloat16": (place, {"autocast": True}),
 }
+ON_THE_DEVICE = {"autocast", "backend"}  # what a scenario does there alone
 
 
 def draw(pipeline: Pipeline, call: dict, device: torch.device) -> torch.Tensor:
     arguments = {"generator": seeded(2), "output_type": "latent"} | call
     if arguments["generator"] is None:
         arguments["generator"] = seeded(1)[0]
-    with torch.autocast(device.type, torch.bfloat16, enabled=arguments.pop("autocast", False)):
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=arguments.pop("autocast", False))
+    with autocast, attention_backend(arguments.pop("backend", "native")):
         return pipeline(**arguments).images.float().cpu()
 
 
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
             if args.only is not None and args.only not in name:
                 continue
             expected = of_the_cpu
-            if options.keys() - {"autocast"}:
+            if options.keys() - ON_THE_DEVICE:
                 expected = draw(load(), call | options, torch.device("cpu"))
             pipeline = load()
             try:
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
                 shares = [f"{(result - expected).abs().max():.1e} off", ""]
             else:
                 shares = [f"{(result == expected).float().mean():.4f}"]
-                shares.append("" if options.keys() - {"autocast"} else f"{(result == plain).float().mean():.4f}")
+                shares.append("" if options.keys() - ON_THE_DEVICE else f"{(result == plain).float().mean():.4f}")
             report(model, name, *shares)
         if args.only is None:
             pipeline = load().to(device)
