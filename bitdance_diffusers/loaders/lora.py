@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import USE_PEFT_BACKEND
+from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub.utils import validate_hf_hub_args
 
 
@@ -93,6 +94,7 @@ class BitDanceLoraLoaderMixin(LoraBaseMixin):
         Raises:
             ValueError: no key fits, or some name a module that the transformer lacks.
         """
+        transformer = unwrap_module(transformer)  # a compiled one's modules have other names
         modules = {name for name, _ in transformer.named_modules()}
         unknown = []
         for key in state_dict:

@@ -53,14 +53,13 @@ def loads(monkeypatch):
     return loads
 
 
-def offload_transformer(pipeline, **kwargs):
+def offload(model, **kwargs):
     """`enable_group_offload` with a stream, to a device that is the CPU in the end. Returns the stream."""
-    transformer = pipeline.transformer
-    transformer.enable_group_offload(torch.device("cuda"), use_stream=True, **kwargs)
-    for hook in hooks(transformer).values():
+    model.enable_group_offload(torch.device("cuda"), use_stream=True, **kwargs)
+    for hook in hooks(model).values():
         hook.config.onload_device = hook.group.onload_device = CPU
         hook.config.offload_device = hook.group.offload_device = torch.device("meta")  # where no weight is
-    return hooks(transformer.layers[0]).popitem()[1].config.stream
+    return next(iter(hooks(model).values())).config.stream
 
 
 def hooks(model):
@@ -89,7 +88,7 @@ def test_every_weight_is_there_when_it_is_used_and_loaded_no_more_often(
 ):
     pipeline, draw = pipeline_and_draw
     expected = draw()
-    offload_transformer(pipeline, **level, record_stream=record_stream)
+    offload(pipeline.transformer, **level, record_stream=record_stream)
     runs = collections.Counter()
     for module in hooks(pipeline.transformer):
         module.register_forward_pre_hook(lambda module, args: runs.update([module]))
@@ -108,7 +107,7 @@ def test_every_weight_is_there_when_it_is_used_and_loaded_no_more_often(
 
 def test_the_next_layer_is_on_its_way_while_one_runs(pipeline_and_draw, loads):
     pipeline, draw = pipeline_and_draw
-    stream = offload_transformer(pipeline, **LEVELS[1])
+    stream = offload(pipeline.transformer, **LEVELS[1])
     for stack in (pipeline.transformer.layers, pipeline.transformer.head.blocks):
         first, second = stack[0], stack[1]
 
@@ -118,6 +117,23 @@ def test_the_next_layer_is_on_its_way_while_one_runs(pipeline_and_draw, loads):
 
         first.norm1.register_forward_pre_hook(check)
     draw()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_weight_of_the_vae_is_there(t2i_pipeline, loads, level):
+    vae = t2i_pipeline().vae
+    images = torch.rand(2, 3, 8, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    @torch.no_grad()
+    def reconstruct():
+        code = vae.encode(images).code
+        return code, vae.decode(code).sample
+
+    expected = reconstruct()
+    offload(vae, **level)
+    for _ in range(2):
+        for found, wanted in zip(reconstruct(), expected, strict=True):
+            assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -141,7 +157,7 @@ def test_a_lora_is_loaded_into_an_offloaded_transformer(t2i_pipeline, loads, lev
     expected = draw(pipeline)
     assert not torch.equal(expected, plain)
     pipeline = t2i_pipeline()
-    offload_transformer(pipeline, **level)
+    offload(pipeline.transformer, **level)
     assert torch.equal(draw(pipeline), plain)
     pipeline.load_lora_weights(tmp_path)
     assert torch.equal(draw(pipeline), expected) and torch.equal(draw(pipeline), expected)
