@@ -249,6 +249,7 @@ def test_four_pictures_are_learnt():
         ({"bit_flip_probability": -1}, "--bit_flip_probability"),
         ({"guidance_schedule": "cosine"}, "invalid choice: 'cosine'"),
         ({"cache_codes": True}, "needs --center_crop"),
+        ({"background_color": "colour"}, "--background_color has to be a color's name or #rrggbb, but is 'colour'"),
         ({"icons": 4}, "unrecognized arguments: --icons"),
     ],
 )

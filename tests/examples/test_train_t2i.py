@@ -327,6 +327,7 @@ def test_bad_arguments(arguments, capsys, options, message):
     ("options", "message"),
     [
         ({"resolution": 20}, "--resolution 20 has to be a multiple of 8: 4 pixels a token, 2 tokens"),
+        ({"max_sequence_length": 5}, "caption of .*0.png.* --max_sequence_length allows 5"),
         ({"text_loss_weight": 0.1}, "--text_loss_weight 0.1 needs a transformer with an `lm_head`"),
         ({"caption_column": "caption"}, "has no column 'caption'"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
@@ -352,6 +353,10 @@ def test_a_text_tokenizer_larger_than_the_vocabulary(train, scratch):
         ('{"file_name": "3.png", "text": 3}', "'text' has to be text but is 3"),
         ('{"file_name": "absent.png", "text": "a"}', "absent.png cannot be read"),
         ('{"file_name": "broken.png", "text": "a"}', "broken.png cannot be read"),
+        (
+            json.dumps({"file_name": "3.png", "text": "a " * 1025}),
+            "3.png, 'a a .*: it is .* tokens .*_length allows 1024",
+        ),
     ],
 )
 def test_bad_captions_and_pictures(train, workplace, line, message):
