@@ -152,7 +152,10 @@ def test_the_shipped_prompts_are_held_out_and_of_every_kind():
         (["a", "--num_images_per_prompt", "0"], "`num_images_per_prompt` has to be at least 1, but is 0"),
         (["a", "--seed", "-1"], "`seed` has to be from 0 to"),
         (["--model", "tests"], "`prompt` is missing"),
-        (["--prompt_file", "tests/nosuch.txt"], "`prompt_file` cannot be read: tests/nosuch.txt"),
+        (
+            ["--prompt_file", "tests/nosuch.txt"],
+            "`prompt_file` cannot be read: [Errno 2] No such file or directory",
+        ),
         (["a", "--prompt_file", "setup.py"], "`prompt` and `prompt_file` are both given"),
     ],
 )
@@ -167,7 +170,6 @@ def test_a_prompt_file_has_to_hold_prompts(refused, tmp_path):
     assert f"`prompt_file` has no prompts: {file}" in refused("--prompt_file", file)
     file.write_bytes(b"a star\n\xff\xfe\xfa")
     assert f"`prompt_file` cannot be read: {file} has to be UTF-8, but its line 2" in refused("--prompt_file", file)
-    assert "`prompt_file` cannot be read: [Errno 2]" in refused("--prompt_file", tmp_path / "absent.txt")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_loads(refused, tmp_path):

@@ -266,7 +266,7 @@ def test_bad_arguments(arguments, capsys, options, message):
         ({"validation_labels": "dog"}, "'dog', which is not the name of a class"),
         ({"validation_labels": "3"}, "the classes are 0 to 2"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3 is not a checkpoint"),
     ],
 )
 def test_bad_arguments_that_only_the_files_show(train, workplace, options, message):

@@ -331,7 +331,7 @@ def test_bad_arguments(arguments, capsys, options, message):
         ({"text_loss_weight": 0.1}, "--text_loss_weight 0.1 needs a transformer with an `lm_head`"),
         ({"caption_column": "caption"}, "has no column 'caption'"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3 is not a checkpoint"),
     ],
 )
 def test_bad_arguments_that_only_the_files_show(train, workplace, options, message):
@@ -373,3 +373,13 @@ def test_another_run_in_the_output_folder(train):
         train("out", max_train_steps=2)
     with pytest.raises(ValueError, match="another configuration .*learning_rate"):
         train("out", max_train_steps=4, learning_rate=2e-3, resume_from_checkpoint="latest")
+
+
+def test_going_on_from_an_earlier_checkpoint_loses_nothing(train):
+    folder = train("out", max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest")  # a new run
+    train("out", max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1,
+          resume_from_checkpoint="checkpoint-1")  # fmt: skip
+    names = sorted(path.name for path in folder.glob("*checkpoint*"))
+    assert names == ["checkpoint-2", "checkpoint-2.set-aside", "checkpoint-3.set-aside"]
+    assert_equal_states(weights(folder), load_file(folder / "checkpoint-2" / "model.safetensors"))
+    assert_equal_checkpoints(folder / "checkpoint-2.set-aside", folder / "checkpoint-2")

@@ -185,7 +185,7 @@ def test_bad_arguments(workplace, capsys, options, message):
         ({"resolution": 26}, "--resolution 26 has to be a multiple of .* 4 pixels"),
         ({"num_codebooks": 3}, "--num_codebooks 3"),
         ({"num_validation_images": 10}, "leaves none of 10 pictures"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3 is not a checkpoint"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
     ],
 )
