@@ -123,3 +123,8 @@ def training_configuration(args: argparse.Namespace, num_processes: int, **more:
     """What has to be equal in a run and its continuation: the arguments but `FREE_ON_RESUME`, and `more`."""
     configuration = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
     return json.loads(json.dumps({**configuration, "num_processes": num_processes, **more}, default=str))
+
+
+def loggable(args: argparse.Namespace) -> dict[str, str]:
+    """The arguments for the trackers, without the secret one."""
+    return {name: str(value) for name, value in vars(args).items() if name != "hub_token"}

@@ -383,3 +383,17 @@ def test_going_on_from_an_earlier_checkpoint_loses_nothing(train):
     assert names == ["checkpoint-2", "checkpoint-2.set-aside", "checkpoint-3.set-aside"]
     assert_equal_states(weights(folder), load_file(folder / "checkpoint-2" / "model.safetensors"))
     assert_equal_checkpoints(folder / "checkpoint-2.set-aside", folder / "checkpoint-2")
+
+
+def test_the_repository_is_there_before_the_training_and_a_failed_upload_loses_nothing(train, workplace, hub):
+    _, answers = hub
+    options = {"push_to_hub": True, "hub_model_id": "foxes", "hub_token": "secret", "max_train_steps": 1}
+    with pytest.raises(ValueError, match="--push_to_hub: the repository foxes cannot be written to: .*403"):
+        train("out", **options)
+    assert not (workplace / "out").exists()
+
+    answers |= {"/api/repos/create": (200, {}), "/api/models/owner/foxes/auth-check/write": (200, {})}
+    with pytest.raises(RuntimeError, match="the upload to owner/foxes failed: .*403(.|\n)*hf upload owner/foxes"):
+        train("out", report_to="tensorboard", **options)
+    BitDancePipeline.from_pretrained(workplace / "out")
+    assert not [path for path in (workplace / "out").rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
