@@ -1,8 +1,9 @@
-"""The hot loop that both pipelines share: noise -> the bits of one patch.
+"""The hot loop that both models share: noise -> the bits of one patch.
 
 Shapes: B pictures, P tokens a patch, C bits a token, n steps (n + 1 evaluations of the head).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -24,12 +25,33 @@ def draw_patch_noise(
 
     Each is a draw of its own, as in the original: one large draw gives other bits. With a list of generators every
     picture draws from its own, and so does not depend on its neighbours. What CPU generators draw goes to the
-    device in one transfer: the host waits for each.
+    device in one transfer, for which the host does not wait on CUDA (the memory is pinned).
     """
     first = generator[0] if isinstance(generator, list) else generator
     drawn_on = first.device if first is not None and first.device.type == "cpu" else device
     draws = [randn_tensor(shape, generator, drawn_on, torch.float32) for _ in range(num_steps + 1)]
-    return torch.stack(draws).to(device)
+    noise = torch.stack(draws)
+    if noise.device.type == "cpu" and device.type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
+
+
+def draw_halves_noise(
+    num_steps: int,
+    shape: tuple[int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """
+    The noise of a patch whose conditional and unconditional rows are sampled separately: from one draw of twice the
+    rows of `shape` (B, P, C), the conditional ones first. Of a list of generators each draws its picture's two rows.
+    Returns (n + 1, 2 B, P, C) float32.
+    """
+    batch_size, *token_shape = shape
+    if not isinstance(generator, list):
+        return draw_patch_noise(num_steps, (2 * batch_size, *token_shape), generator, device)
+    pairs = [draw_patch_noise(num_steps, (2, *token_shape), one, device) for one in generator]
+    return torch.stack(pairs, dim=2).flatten(1, 2)  # (n + 1, 2, B, P, C) -> (n + 1, 2 B, P, C)
 
 
 def denoise_patch(
@@ -40,6 +62,7 @@ def denoise_patch(
     guidance_scale: float | None,
     guided_evaluations: Sequence[bool] | None = None,
     early_stop_threshold: float | None = None,
+    known_code: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Denoise one patch of every picture.
@@ -60,11 +83,14 @@ def denoise_patch(
             all at least so far from 0, and evaluations end soon after every picture's are. A prediction is the mean of
             its bit given the noisy ones, so that at 0.95 a bit is in doubt by 2.5 %. Which evaluation a picture's
             bits are taken from does not depend on its neighbours. None takes the last of all.
+        known_code (B, P, C): -1 and +1 in tokens whose bits are given, 0 in those to draw. At every evaluation the
+            given ones stand at their noised true value `(1 - t) noise + t x`, with the patch's first noise.
 
     Returns:
-        (B, P, C) float32: the (guided) prediction whose signs are the bits.
+        (B, P, C) float32: the (guided) prediction whose signs are the bits; known tokens are as they were given.
     """
     batch_size = noise.shape[1]
+    known = None if known_code is None else known_code != 0
     num_halves = 1 if guidance_scale is None else 2
     coefficients = scheduler.step_coefficients
     uses_previous_prediction = scheduler.uses_previous_prediction
@@ -78,6 +104,9 @@ def denoise_patch(
     settled = torch.zeros(batch_size, 1, 1, dtype=torch.bool, device=noise.device)
     for i in range(len(half_noises)):
         modulation = next(modulations)  # `enumerate` would hold the last one
+        if known is not None:
+            noised = scheduler.add_noise(known_code, noise[0], scheduler.timesteps[i])
+            sample = torch.where(known, noised, sample)
         if guidance_scale is not None and (guided_evaluations is None or guided_evaluations[i]):
             conditional, unconditional = predict(sample.flatten(0, 1), modulation).float().chunk(2)
             prediction = torch.add(unconditional, conditional - unconditional, alpha=guidance_scale)
@@ -90,11 +119,12 @@ def denoise_patch(
             result = prediction
         else:
             result = torch.where(settled, result, prediction)
-            settled = settled | (conditional.abs().amin(dim=(1, 2), keepdim=True) >= early_stop_threshold)
+            certainty = conditional.abs() if known is None else conditional.abs().masked_fill(known, math.inf)
+            settled = settled | (certainty.amin(dim=(1, 2), keepdim=True) >= early_stop_threshold)
         if i < len(coefficients):
             if early_stop_threshold is not None and (i + 1) % EARLY_STOP_INTERVAL == 0 and bool(settled.all()):
                 break
             sample = update_sample(sample, prediction, previous, half_noises[i + 1], coefficients[i])
             if uses_previous_prediction:
                 previous = prediction
-    return result
+    return result if known is None else torch.where(known, known_code, result)

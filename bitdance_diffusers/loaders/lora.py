@@ -125,7 +125,17 @@ class BitDanceLoraLoaderMixin(LoraBaseMixin):
         safe_serialization: bool = True,
         transformer_lora_adapter_metadata: dict | None = None,
     ) -> None:
-        """Save LoRA layers (of `peft.get_peft_model_state_dict`) in Diffusers' format."""
+        """
+        Save LoRA layers (of `peft.get_peft_model_state_dict`) in Diffusers' format.
+
+        Raises:
+            ValueError: there are no layers, or `safe_serialization` is False: a pickle would not load.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                f"`safe_serialization` is {safe_serialization!r}; it has to be True: LoRA weights load from "
+                "safetensors files only."
+            )
         if not transformer_lora_layers:
             raise ValueError("`transformer_lora_layers` is empty; it has to hold the transformer's LoRA layers.")
         cls._save_lora_weights(
@@ -135,7 +145,7 @@ class BitDanceLoraLoaderMixin(LoraBaseMixin):
             is_main_process=is_main_process,
             weight_name=weight_name,
             save_function=save_function,
-            safe_serialization=safe_serialization,
+            safe_serialization=True,
         )
 
     def fuse_lora(

@@ -5,6 +5,7 @@ Shapes: B images, H x W pixels, C bits per token, h x w tokens with H = h * spat
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -85,6 +86,16 @@ class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, Confi
     ) -> None:
         super().__init__()
         _check_config(self.config)
+        self.register_to_config(  # what a file can hold, were they numbers of NumPy's
+            in_channels=int(in_channels),
+            out_channels=int(out_channels),
+            latent_channels=int(latent_channels),
+            block_out_channels=type(block_out_channels)(int(width) for width in block_out_channels),
+            stem_channels=None if stem_channels is None else int(stem_channels),
+            layers_per_block=int(layers_per_block),
+            norm_num_groups=int(norm_num_groups),
+            patch_size=int(patch_size),
+        )
         self.encoder = BitDanceEncoder(
             in_channels,
             latent_channels,
@@ -586,7 +597,7 @@ def _check_config(config: dict[str, Any]) -> None:
     ):
         numbers[name] = config[name]
     for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
     for name, width in normalised.items():
         if width % config["norm_num_groups"] != 0:

@@ -11,13 +11,13 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..generation import Generation, Prefix, SamplingSettings
 from ..image_sizes import check_size
 from ..loaders.lora import BitDanceLoraLoaderMixin
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance import BitDanceTransformer
-from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
+from ..patch_order import patch_positions
 from ..prompt import check_tokenizer, picture_start_ids, prompt_ids, unconditional_ids
-from ..sampling import draw_patch_noise
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
 from .pipeline_output import BitDancePipelineOutput
@@ -31,6 +31,9 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
     binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a
     picture.
 
+    The defaults and sizes below are the checkpoint's. `BitDancePipeline(**pipe.components)` forgets them;
+    `BitDancePipeline.from_pipe(pipe)` shares the components too, and keeps them.
+
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the text tokenizer, with BitDance's size and query tokens.
         vae ([`BitDanceTokenizer`]): the binary autoencoder.
@@ -41,6 +44,8 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         default_guidance_scale (`float`): guidance, where a call names none.
         supported_sizes (list of `[height, width]`, *optional*): the sizes in pixels that the checkpoint was trained
             on. Another size is drawn with a warning.
+        vae_scale_factor (`int`, *optional*): pixels per token along a side, saved with the pipeline. It is the `vae`'s
+            own where there is one; without a `vae` it gives `height` and `width` their meaning.
     """
 
     def __init__(
@@ -54,8 +59,14 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 7.5,
         supported_sizes: list[list[int]] | None = None,
+        vae_scale_factor: int | None = None,
     ):
         super().__init__()
+        if vae is not None:
+            vae_scale_factor = vae.spatial_compression_ratio
+        elif vae_scale_factor is not None:
+            check_positive_integer("vae_scale_factor", vae_scale_factor)
+            vae_scale_factor = int(vae_scale_factor)
         for name, value in (
             ("default_height", default_height),
             ("default_width", default_width),
@@ -68,16 +79,20 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                 isinstance(size, (list, tuple)) and len(size) == 2 for size in supported_sizes
             ):
                 raise ValueError(f"`supported_sizes` is {supported_sizes!r}; it has to be a list of [height, width].")
+            for side in sum(map(list, supported_sizes), []):
+                check_positive_integer("supported_sizes", side)
+            supported_sizes = [[int(side) for side in size] for size in supported_sizes]
         self.register_modules(tokenizer=tokenizer, vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
-            default_height=default_height,
-            default_width=default_width,
-            default_num_inference_steps=default_num_inference_steps,
-            default_guidance_scale=default_guidance_scale,
+            default_height=int(default_height),
+            default_width=int(default_width),
+            default_num_inference_steps=int(default_num_inference_steps),
+            default_guidance_scale=float(default_guidance_scale),
             supported_sizes=supported_sizes,
+            vae_scale_factor=vae_scale_factor,
         )
         self._prepare_image_processor()
-        if getattr(self, "tokenizer", None) and getattr(self, "transformer", None):
+        if self.tokenizer is not None and self.transformer is not None:
             check_tokenizer(self.tokenizer, self.transformer.config.patch_size, self.transformer.config.vocab_size)
 
     def check_inputs(
@@ -95,15 +110,18 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         prompt_embeds_mask: torch.Tensor | None,
         negative_prompt_embeds: torch.Tensor | None,
         negative_prompt_embeds_mask: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
         attention_kwargs: dict[str, Any] | None,
         max_sequence_length: int,
         guidance_interval: tuple[float, float] | None,
         early_stop_threshold: float | None,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
+        self._check_components("tokenizer", "transformer", "scheduler")
+        if self.vae_scale_factor is None:
+            raise ValueError(
+                "The pipeline was built without its `vae`, and its config has no `vae_scale_factor`, so that `height` "
+                "and `width` (pixels) have no meaning; load it with the `vae`, or pass `vae_scale_factor` to it."
+            )
         check_size(height, width, self.vae_scale_factor, self.transformer.config.patch_size)
         check_positive_integer("num_inference_steps", num_inference_steps)
         check_positive_integer("num_images_per_prompt", num_images_per_prompt)
@@ -175,13 +193,10 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
 
         self._check_patchwise_inputs(
             batch_size * num_images_per_prompt,
-            height,
-            width,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
             generator,
             latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
             attention_kwargs,
             guidance_interval,
             early_stop_threshold,
@@ -210,7 +225,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         Texts in their frames -> embeddings and masks of the conditional and the unconditional rows.
 
         A missing or empty negative prompt is the frame without a user; any other text takes the user frame. Embeddings
-        that are given are only repeated.
+        that are given are only cast to the transformer's dtype and repeated.
 
         Returns:
             `prompt_embeds` (B, L, D) padded on the left, `prompt_embeds_mask` (B, L) bool, and the negative two,
@@ -218,8 +233,12 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             side.
 
         Raises:
-            ValueError: a text is not valid Unicode, or longer than `max_sequence_length` tokens in its frame.
+            ValueError: a text is not valid Unicode, or longer than `max_sequence_length` tokens in its frame; the
+                transformer, or for a text the tokenizer, is absent.
         """
+        self._check_components("transformer")
+        if prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None):
+            self._check_components("tokenizer")
         device = device or self._execution_device
 
         # All texts are tokenized and measured before a weight is touched.
@@ -254,7 +273,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         def repeat(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
             if mask is None:
                 mask = embeds.new_ones(embeds.shape[:2])
-            embeds = embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+            embeds = embeds.to(device, self.transformer.dtype).repeat_interleave(num_images_per_prompt, dim=0)
             return embeds, mask.to(device, torch.bool).repeat_interleave(num_images_per_prompt, dim=0)
 
         if ids is not None:
@@ -269,6 +288,143 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
                 negative_prompt_embeds, negative_prompt_embeds_mask
             )
         return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
+
+    @torch.no_grad()
+    def prepare_generation(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 1024,
+        guidance_interval: tuple[float, float] | None = None,
+        early_stop_threshold: float | None = None,
+    ) -> Generation:
+        """
+        The batch of pictures that a call with these arguments draws, before its first patch: what [`~.__call__`] runs
+        to its end can be iterated, stopped, saved, joined and split here. [`~.decode_latents`] makes pictures of its
+        code.
+        """
+        # 1. Check inputs
+        height = self.config.default_height if height is None else height
+        width = self.config.default_width if width is None else width
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            latents,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            attention_kwargs,
+            max_sequence_length,
+            guidance_interval,
+            early_stop_threshold,
+        )
+        height, width = int(height), int(width)
+        latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
+        supported = self.config.supported_sizes
+        if supported is not None and [height, width] not in [list(size) for size in supported]:
+            logger.warning_once(
+                f"{height} x {width} is not a size that this checkpoint was trained on; those are {supported}."
+            )
+        device = self._execution_device
+
+        # 2. Encode the prompts: every text once, however many pictures it has
+        one_negative = not isinstance(negative_prompt, list) and negative_prompt_embeds is None
+        conditional, mask, unconditional, unconditional_mask = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            guidance_scale > 1,
+            1,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            max_sequence_length,
+            device,
+        )
+        if unconditional is not None and one_negative:
+            unconditional, unconditional_mask = unconditional[:1], unconditional_mask[:1]
+
+        # 3. Prepare the code, and what stands in front of it: the texts and the tokens that announce the picture
+        num_images_per_prompt, patch_size = int(num_images_per_prompt), self.transformer.config.patch_size
+        batch_size = conditional.shape[0] * num_images_per_prompt
+        latents = self.prepare_latents(batch_size, latent_height, latent_width, device, latents)
+        start_ids = picture_start_ids(self.tokenizer, latent_height, latent_width, patch_size)
+        prefix = self._prepare_prefix(
+            conditional, mask, unconditional, unconditional_mask, start_ids, num_images_per_prompt
+        )
+        positions = patch_positions(latent_height, latent_width, patch_size, device)  # (M, P, 2)
+
+        return Generation(
+            self.transformer,
+            self.scheduler,
+            prefix,
+            latents,
+            positions,
+            "condition_positions",
+            positions,
+            SamplingSettings(
+                int(num_inference_steps),
+                float(guidance_scale),
+                guidance_interval=None if guidance_interval is None else tuple(guidance_interval),
+                early_stop_threshold=early_stop_threshold,
+            ),
+            generator,
+            attention_kwargs,
+        )
+
+    def _prepare_prefix(
+        self,
+        conditional: torch.Tensor,
+        mask: torch.Tensor,
+        unconditional: torch.Tensor | None,
+        unconditional_mask: torch.Tensor | None,
+        start_ids: list[int],
+        num_images_per_prompt: int,
+    ) -> Prefix:
+        """
+        All texts of a call in one batch (T, L, D), padded on the left, with the tokens that announce the picture. The
+        unconditional ones are one for all prompts, or one for each.
+        """
+        num_prompts = conditional.shape[0]
+        rows = [row // num_images_per_prompt for row in range(num_prompts * num_images_per_prompt)]
+        unconditional_rows = None
+        embeds = conditional
+        if unconditional is not None:
+            longest = max(mask.shape[1], unconditional_mask.shape[1])
+            embeds = torch.cat(
+                [pad(x, (0, 0, longest - x.shape[1], 0)) for x in (conditional, unconditional)]
+            )  # (T, L, D)
+            mask = torch.cat([pad(x, (longest - x.shape[1], 0)) for x in (mask, unconditional_mask)])
+            unconditional_rows = [num_prompts + (row if len(unconditional) > 1 else 0) for row in rows]
+        start_embeds = self.embed_tokens(start_ids, embeds.device).to(embeds.dtype).expand(len(embeds), -1, -1)
+        row_lengths = (mask.sum(dim=1) + len(start_ids)).tolist()
+        embeds = torch.cat([embeds, start_embeds], dim=1)
+        embeds = embeds[:, -max(row_lengths) :]  # embeddings that are given may be padded further
+        torch._dynamo.maybe_mark_dynamic(embeds, 1)  # a compiled transformer takes texts of any length
+        return Prefix({"inputs_embeds": embeds}, row_lengths, rows, unconditional_rows, embeds.dtype)
 
     @torch.no_grad()
     def __call__(
@@ -288,7 +444,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         negative_prompt_embeds_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 1024,
@@ -314,14 +470,15 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             generator (`torch.Generator` or a list, *optional*): one generator reproduces the original's draws for the
                 batch as a whole; a list, one for each picture, makes each independent of its neighbours in the batch.
             latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere.
-                The decoded patches, the first in generation order, are kept.
+                Decoded patches are kept, wherever they stand, and the others drawn; a patch of a picture is decoded
+                whole or not at all.
             prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask (`torch.Tensor`,
                 *optional*): what [`~.encode_prompt`] returns, in place of texts.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`): an output object, or a tuple.
             callback_on_step_end (`Callable`, *optional*): called after every patch with the pipeline, the index of the
                 patch (twice) and a dict of `callback_on_step_end_tensor_inputs`; `latents` in the dict that it returns
-                takes the place of the code so far.
+                takes the place of the code so far. One that returns None changes nothing.
             attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
             max_sequence_length (`int`): most tokens that a text may have in its frame. Nothing is cut off.
             guidance_interval (pair of `float`, *optional*): times, from 0 (noise) to 1 (data), between which the
@@ -337,17 +494,11 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         Raises:
             ValueError, TypeError: see [`~.check_inputs`] and [`~.encode_prompt`].
         """
+        # 1. Check inputs, encode the prompts and prepare the code
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        height = self.config.default_height if height is None else height
-        width = self.config.default_width if width is None else width
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-
-        # 1. Check inputs
-        self.check_inputs(
+        self._check_output_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        generation = self.prepare_generation(
             prompt,
             negative_prompt,
             height,
@@ -361,128 +512,16 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             prompt_embeds_mask,
             negative_prompt_embeds,
             negative_prompt_embeds_mask,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
             attention_kwargs,
             max_sequence_length,
             guidance_interval,
             early_stop_threshold,
         )
-        supported = self.config.supported_sizes
-        if supported is not None and [height, width] not in [list(size) for size in supported]:
-            logger.warning_once(
-                f"{height} x {width} is not a size that this checkpoint was trained on; those are {supported}."
-            )
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
-        device = self._execution_device
-        guided = self.do_classifier_free_guidance
 
-        # 2. Encode the prompts: every text once, however many rows it has; padded on the left. Row r of the batch, the
-        # conditional rows first, goes on from the text `text_of_row[r]`
-        one_negative = not isinstance(negative_prompt, list) and negative_prompt_embeds is None
-        prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask = self.encode_prompt(
-            prompt,
-            negative_prompt,
-            guided,
-            1,
-            prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds,
-            negative_prompt_embeds_mask,
-            max_sequence_length,
-            device,
-        )
-        num_prompts = prompt_embeds.shape[0]
-        batch_size = num_prompts * num_images_per_prompt
-        text_of_row = [row // num_images_per_prompt for row in range(batch_size)]
-        text_embeds, text_mask = prompt_embeds, prompt_embeds_mask  # (T, L, D), (T, L); T texts
-        if guided:
-            negatives = slice(1 if one_negative else None)
-            texts = (
-                (prompt_embeds, prompt_embeds_mask),
-                (negative_prompt_embeds[negatives], negative_prompt_embeds_mask[negatives]),
-            )
-            longest = max(mask.shape[1] for _, mask in texts)
-            text_embeds = torch.cat([pad(embeds, (0, 0, longest - embeds.shape[1], 0)) for embeds, _ in texts])
-            text_mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for _, mask in texts])
-            text_of_row = text_of_row + [num_prompts + (0 if one_negative else text) for text in text_of_row]
+        # 2. Patch by patch: denoise the next one, then feed it back
+        code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        # 3. Prepare the code, and the tokens that announce it
-        patch_size = self.transformer.config.patch_size
-        latents = self.prepare_latents(batch_size, height, width, device, latents)
-        latent_height, latent_width = latents.shape[-2:]
-        patches = grid_to_patches(latents, patch_size)  # (B, M, P, C)
-        num_patches = patches.shape[1]
-        num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
-        positions = patch_positions(latent_height, latent_width, patch_size, device)  # (M, P, 2)
-        start_ids = picture_start_ids(self.tokenizer, latent_height, latent_width, patch_size)
-        start_embeds = self.embed_tokens(start_ids, device).to(text_embeds.dtype).expand(len(text_embeds), -1, -1)
-        text_embeds = torch.cat([text_embeds, start_embeds], dim=1)
-        row_lengths = (text_mask.sum(dim=1) + len(start_ids)).tolist()
-        text_embeds = text_embeds[:, -max(row_lengths) :]  # embeddings that are given may be padded further
-        torch._dynamo.maybe_mark_dynamic(text_embeds, 1)  # a compiled transformer takes texts of any length
-
-        # 4. Prepare the timesteps of a patch
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        guided_evaluations = self._guided_evaluations(guidance_interval)
-        self._num_timesteps = num_patches
-
-        # 5. Read the texts: the last block of each predicts the first patch of its pictures
-        kv_cache = self.transformer.allocate_kv_cache(row_lengths, 0, text_embeds.dtype, device)
-        kv_cache.extend(text_embeds.shape[1])
-        condition = self.transformer(
-            inputs_embeds=text_embeds,
-            condition_positions=positions[:1],
-            kv_cache=kv_cache,
-            attention_kwargs=attention_kwargs,
-        ).condition
-        # The next call may overwrite what this one returned (CUDA graphs do): what lives longer is a copy
-        condition = condition[text_of_row, 0]  # (R, P, D); R rows
-        kv_cache = kv_cache.repeat_rows(text_of_row, (num_patches - 1) * patch_size**2)
-
-        # 6. Patch by patch: denoise the next one, then feed it back
-        with self.progress_bar(total=num_patches) as progress_bar:
-            progress_bar.update(num_kept)
-            for i in range(num_patches):
-                if self.interrupt:
-                    continue
-                self._current_timestep = i
-                if i >= num_kept:
-                    noise = draw_patch_noise(num_inference_steps, patches[:, i].shape, generator, device)
-                    scale = self._guidance_scale if guided else None
-                    prediction = self._denoise_patch(condition, noise, scale, guided_evaluations, early_stop_threshold)
-                    patches[:, i] = torch.where(prediction > 0, 1.0, -1.0)
-                    if callback_on_step_end is not None:
-                        patches = self._call_back(
-                            callback_on_step_end,
-                            callback_on_step_end_tensor_inputs,
-                            i,
-                            patches,
-                            (latent_height, latent_width),
-                        )
-                    progress_bar.update()
-                if i + 1 < num_patches and not self.interrupt:
-                    kv_cache.extend(patch_size**2)
-                    condition = (
-                        self.transformer(
-                            code=patches[:, i : i + 1].to(text_embeds.dtype).repeat(2 if guided else 1, 1, 1, 1),
-                            code_positions=positions[i : i + 1],
-                            condition_positions=positions[i + 1 : i + 2],
-                            kv_cache=kv_cache,
-                            attention_kwargs=attention_kwargs,
-                        )
-                        .condition[:, 0]
-                        .clone()
-                    )
-        self._current_timestep = None
-        del kv_cache  # its memory is for the vae now
-
-        # 7. Decode the picture
-        code = patches_to_grid(patches, latent_height, latent_width)
+        # 3. Decode the pictures
         images = self.decode_latents(code, output_type, generator)
 
         self.maybe_free_model_hooks()
