@@ -38,7 +38,7 @@ setup(
         "train": TRAIN,
         "eval": [*ICONS, *DIGITS, "torch-fidelity>=0.4,<0.5"],
         "app": ["gradio>=5.0"],
-        "test": [*TRAIN, "pytest>=8.0", "ruff>=0.12", "torchao>=0.15"],
+        "test": [*TRAIN, "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "torchao>=0.15"],
     },
     classifiers=[
         "Intended Audience :: Developers",
