@@ -1,5 +1,6 @@
 import collections
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
+
+# Tests run side by side, and fork. Programs that they start follow the variable.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CASES = Path(__file__).parent / "cases"
 ATTENTION_BACKEND, _ = _AttentionBackendRegistry.get_active_backend()

@@ -34,9 +34,15 @@ from data.crops import CroppedPictures
 from data.order import count_steps, create_dataloader
 from drawing.models import DTYPES
 from training import optimization
-from training.arguments import add_training_arguments, check_training_arguments, list_flags, training_configuration
+from training.arguments import (
+    add_training_arguments,
+    check_training_arguments,
+    list_flags,
+    loggable,
+    training_configuration,
+)
 from training.checkpoints import Checkpoints
-from training.hub_upload import push_to_hub, save_model_card
+from training.hub_upload import open_repository, push_to_hub, save_model_card
 from training.optimization import (
     check_finite,
     clip_gradients,
@@ -191,7 +197,8 @@ class TransformerTraining:
         num_validation_rows (`int`): ... how many times `--num_validation_images` they draw.
 
     Raises:
-        ValueError: if the checkpoint is of another configuration, before anything is written.
+        ValueError: if the checkpoint is damaged or of another configuration, or the repository to upload to cannot be
+            written to, before anything is written here.
     """
 
     def __init__(
@@ -216,6 +223,8 @@ class TransformerTraining:
         )
         self.first_step = 0 if checkpoint is None else Checkpoints.check(checkpoint, configuration)
         self.step = self.first_step
+        if args.push_to_hub and accelerator.is_main_process:
+            self.repo_id = open_repository(args)
 
         # 1. Model and optimizer
         transformer.train()
@@ -236,7 +245,7 @@ class TransformerTraining:
         if checkpoint is not None:
             self.checkpoints.load(checkpoint)
         if args.report_to != "none":
-            accelerator.init_trackers(name, config={name: str(value) for name, value in vars(args).items()})
+            accelerator.init_trackers(name, config=loggable(args))
 
         # 2. Pictures, or their codes
         dataset = CroppedPictures(pictures, args.resolution, args.center_crop, args.random_flip, args.seed)
@@ -346,7 +355,12 @@ class TransformerTraining:
         log_image(self.accelerator, "validation", grid, self.step, self.args.output_dir)
 
     def finish(self, description: str, tags: list[str]) -> None:
-        """Save the trained pipeline with a model card, draw the last validation pictures, and upload if asked to."""
+        """
+        Save the trained pipeline with a model card, draw the last validation pictures, and upload if asked to.
+
+        Raises:
+            RuntimeError: if the upload fails, after all else is done.
+        """
         args = self.args
         self.progress.close()
         trained = self.trained_transformer()
@@ -355,12 +369,12 @@ class TransformerTraining:
             save_model_card(args.output_dir, description, args.pretrained_model_name_or_path, tags)
             if self.validation is not None:
                 self.validate(trained)
-            if args.push_to_hub:
-                push_to_hub(args)
             if self.step > self.first_step:
                 shares = self.timer.shares("data", "forward_backward", "optimizer")
                 logger.info("Time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
         self.accelerator.end_training()
+        if args.push_to_hub and self.accelerator.is_main_process:
+            push_to_hub(args, self.repo_id)
 
 
 def save_pipeline(output_dir: Path, pipeline: Pipeline, transformer: Transformer) -> None:
