@@ -7,6 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from ..loaders.lora import BitDanceLoraLoaderMixin
+from ..loaders.original_class_to_image import OriginalClassToImageMixin
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance_class import BitDanceClassTransformer
 from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
@@ -42,7 +44,9 @@ def draw_halves_noise(
     return torch.stack(pairs, dim=2).flatten(1, 2)  # (n + 1, 2, B, P, C) -> (n + 1, 2 B, P, C)
 
 
-class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
+class BitDanceClassPipeline(
+    OriginalClassToImageMixin, PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin
+):
     """
     Class-conditional generation with BitDance (arXiv 2602.14041, the ImageNet models): as [`BitDancePipeline`], with a
     class in place of a text. Pictures have the one size that the transformer was trained for.

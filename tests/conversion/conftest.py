@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import read_pickle
 from safetensors.torch import load_file, save_file
+
+from bitdance_diffusers.loaders.checkpoint_files import read_pickle
 
 
 @pytest.fixture
