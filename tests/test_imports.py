@@ -23,6 +23,7 @@ ALLOWED = {
     "loaders.hub_files": set(),
     "loaders.original_autoencoder": {"loaders.checkpoint_files", "loaders.hub_files", "loaders.original_names"},
     "loaders.original_names": set(),
+    "loaders.port_names": set(),
     # Above the pipelines.
     "loaders.convert": {"loaders", "models", "pipelines", "prompt"},
     "training": {"training", "models", "schedulers", "patch_order", "prompt", "image_sizes"},

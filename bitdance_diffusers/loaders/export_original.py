@@ -136,7 +136,6 @@ def _export_text_to_image(pipeline_path: Path, output_path: Path, dtype: torch.d
         parts[part][original] = tensor
     language_model_dtype = dtype or parts["language_model"]["model.embed_tokens.weight"].dtype
 
-    max_file_size = largest_file(transformer_checkpoint.tensors.values())
     with output_folder(output_path) as folder:
         tokenizer = copy_tokenizer(pipeline_path / "tokenizer", folder)
         language_model_config = language_model_config_to_original(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 # What users may say of a download, as in Diffusers.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -43,13 +43,17 @@ def resolve_file(path_or_link: str | Path, **hub_arguments: Any) -> Path:
     return Path(path_or_link)
 
 
-def repository_has(repository: str, file: str, **hub_arguments: Any) -> bool:
-    """Whether a small file is in a repository, or offline in what is cached of it. It is downloaded where it is."""
-    try:
-        hf_hub_download(repository, file, **hub_arguments)
-    except EntryNotFoundError:  # a missing file of the cache and a Hub out of reach are of this class too
-        return False
-    return True
+def first_file(repository: str, files: Iterable[str], **hub_arguments: Any) -> str | None:
+    """The first of some small files that a repository has, or offline what is cached of it. It is downloaded."""
+    for file in files:
+        try:
+            hf_hub_download(repository, file, **hub_arguments)
+            return file
+        except LocalEntryNotFoundError:  # the Hub is out of reach, and may be asked many times before that is clear
+            hub_arguments["local_files_only"] = True
+        except EntryNotFoundError:
+            pass
+    return None
 
 
 def download_files(repository: str, patterns: Iterable[str], **hub_arguments: Any) -> Path:

@@ -26,7 +26,7 @@ from .checkpoint_files import (
     read_settings,
     state_dict_shapes,
 )
-from .hub_files import HUB_ARGUMENTS, download_files, pop_hub_arguments, repository_has
+from .hub_files import download_files, first_file, pop_hub_arguments
 from .original_autoencoder import match_autoencoder
 from .original_names import (
     language_model_config_from_original,
@@ -56,17 +56,13 @@ _ONLY_CONVERTED = (
     "use_onnx",
 )
 # And those that ask for what is done anyway, or that cannot matter here.
-_NO_MATTER = ("low_cpu_mem_usage", "use_safetensors", "trust_remote_code")
+_NO_MATTER = ("low_cpu_mem_usage", "trust_remote_code")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """
-    Where the parts of a checkpoint are: configs, and (folder, name before ".safetensors") of the weights. `marker` is
-    the file that tells the layout.
-    """
+    """Where the parts of a checkpoint are: configs, and (folder, name before ".safetensors") of the weights."""
 
-    marker: Path
     language_model_config: Path
     vision_head_config: Path
     projector_config: Path | None
@@ -89,16 +85,13 @@ class Layout:
         if "tokenizer" not in given:
             names += [self.tokenizer / name for name in TOKENIZER_FILES]
         for folder, stem in weights:
-            names += [folder / f"{stem}{end}.safetensors{index}" for end, index in _WEIGHT_FILES]
+            ends = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
+            names += [folder / f"{stem}{end}" for end in ends]
         return [path.as_posix() for path in (*configs, *names) if path is not None]
-
-
-_WEIGHT_FILES = (("", ""), ("-*-of-*", ""), ("", ".index.json"))
 
 
 def _original_layout(folder: Path) -> Layout:
     return Layout(
-        marker=folder / "vision_head_config.json",
         language_model_config=folder / "config.json",
         vision_head_config=folder / "vision_head_config.json",
         projector_config=None,
@@ -113,7 +106,6 @@ def _original_layout(folder: Path) -> Layout:
 
 def _port_layout(folder: Path) -> Layout:
     return Layout(
-        marker=folder / "diffusion_head" / "config.json",
         language_model_config=folder / "text_encoder" / "config.json",
         vision_head_config=folder / "diffusion_head" / "config.json",
         projector_config=folder / "projector" / "config.json",
@@ -126,28 +118,16 @@ def _port_layout(folder: Path) -> Layout:
     )
 
 
+# Which of them a repository is in, by a file that it has.
+_LAYOUTS = {"vision_head_config.json": _original_layout, "diffusion_head/config.json": _port_layout}
+
+
 def find_layout(folder: Path) -> Layout | None:
     """Tell the original's layout from the community port's; `None` where the folder is in neither."""
     if (folder / "vision_head_config.json").is_file():
         return _original_layout(folder)
     if (folder / "diffusion_head").is_dir():
         return _port_layout(folder)
-    return None
-
-
-def download_layout(repository: str, subfolder: str, given: Iterable[str], **hub_arguments: Any) -> Layout | None:
-    """
-    Download the files of a repository that are needed, where it is in the original's layout or in the port's.
-
-    Args:
-        subfolder: Of the repository; "" is its root.
-        given: Names of the components that are not needed.
-        hub_arguments: Of [`HUB_ARGUMENTS`].
-    """
-    for layout_of in (_original_layout, _port_layout):
-        if repository_has(repository, layout_of(Path(subfolder)).marker.as_posix(), **hub_arguments):
-            patterns = layout_of(Path(subfolder)).file_patterns(given)
-            return layout_of(download_files(repository, patterns, **hub_arguments) / subfolder)
     return None
 
 
@@ -278,40 +258,37 @@ class OriginalTextToImageMixin:
                 argument (`quantization_config`, `device_map`, ...) that only a converted one can be loaded with.
             TypeError: for a `dtype` that is none.
         """
-        given = {name for name in ("tokenizer", "vae", "transformer", "scheduler") if name in kwargs}
         subfolder = kwargs.pop("subfolder", None) or ""
-        location = Path(pretrained_model_name_or_path) / subfolder
-        if location.is_dir():
-            layout = find_layout(location)
+        folder = Path(pretrained_model_name_or_path) / subfolder
+        if folder.is_dir():
+            layout = find_layout(folder)
             if layout is None:
-                return super().from_pretrained(location if subfolder else pretrained_model_name_or_path, **kwargs)
-        else:
-            repository = str(pretrained_model_name_or_path)
-            hub_arguments = pop_hub_arguments(dict(kwargs))
-            is_path = repository.count("/") > 1  # Diffusers says so
-            layout = None if is_path else download_layout(repository, subfolder, given, **hub_arguments)
-            if layout is None:
-                if subfolder:
-                    raise ValueError(
-                        f"`subfolder` {subfolder!r} of {repository!r} has no original checkpoint; a pipeline that was "
-                        "saved loads from the root of its repository."
-                    )
-                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls._from_original(layout, pretrained_model_name_or_path, kwargs)
+                return super().from_pretrained(folder if subfolder else pretrained_model_name_or_path, **kwargs)
+            _check_only_converted(kwargs, folder)
+            pop_hub_arguments(kwargs)
+            return cls._from_original(layout, pretrained_model_name_or_path, kwargs)
+
+        repository = str(pretrained_model_name_or_path)
+        file = None
+        if repository.count("/") <= 1:  # of anything else Diffusers says that it is no repository
+            files = {(Path(subfolder) / file).as_posix(): file for file in _LAYOUTS}
+            file = files.get(first_file(repository, files, **pop_hub_arguments(dict(kwargs))))
+        if file is None:
+            if subfolder:
+                raise ValueError(
+                    f"`subfolder` {subfolder!r} of {repository!r} has no original checkpoint; a pipeline that was "
+                    "saved loads from the root of its repository."
+                )
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        _check_only_converted(kwargs, "DOWNLOADED_FOLDER")
+        layout_of = _LAYOUTS[file]
+        patterns = layout_of(Path(subfolder)).file_patterns(given=kwargs)
+        snapshot = download_files(repository, patterns, **pop_hub_arguments(kwargs))
+        return cls._from_original(layout_of(snapshot / subfolder), repository, kwargs)
 
     @classmethod
     def _from_original(cls, layout: Layout, location: str | Path, kwargs: dict[str, Any]) -> Self:
         # 1. Arguments
-        for name in HUB_ARGUMENTS:
-            kwargs.pop(name, None)
-        unsupported = [name for name in _ONLY_CONVERTED if kwargs.pop(name, None) not in (None, False)]
-        if unsupported or kwargs.get("use_safetensors") is False:
-            name = unsupported[0] if unsupported else "use_safetensors"
-            raise ValueError(
-                f"`{name}` does not work with a checkpoint in the original's layout. Convert it once, `python "
-                f"conversion/convert_text_to_image.py --checkpoint_path {layout.vision_head_config.parent} "
-                "--output_path DIR` (or `bitdance_diffusers.loaders.convert.convert_text_to_image`), and load DIR."
-            )
         for name in _NO_MATTER:
             kwargs.pop(name, None)
         dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
@@ -335,14 +312,28 @@ class OriginalTextToImageMixin:
                 components["tokenizer"] = load_tokenizer(layout.tokenizer)
 
         # 3. The pipeline, which checks that all belongs together, then the weights
-        if "transformer" in opened:
-            patch_size = opened["transformer"][0].config.patch_size
+        components |= {name: model for name, (model, _) in opened.items()}
+        if components["transformer"] is not None:
+            patch_size = components["transformer"].config.patch_size
             arguments.setdefault("supported_sizes", SUPPORTED_SIZES.get(patch_size**2))
-        pipeline = cls(**components, **{name: model for name, (model, _) in opened.items()}, **arguments)
+        pipeline = cls(**components, **arguments)
         for name, (model, tensors) in opened.items():
             load_tensors(model, tensors, dtypes[name])
         pipeline.register_to_config(_name_or_path=str(location))
         return pipeline
+
+
+def _check_only_converted(kwargs: dict[str, Any], folder: Path | str) -> None:
+    """Raises a `ValueError` that names the argument and the command."""
+    for name in _ONLY_CONVERTED:
+        if kwargs.pop(name, None) not in (None, False):
+            raise ValueError(
+                f"`{name}` does not work with a checkpoint in the original's layout. Convert it once, `python "
+                f"conversion/convert_text_to_image.py --checkpoint_path {folder} --output_path DIR` (or by "
+                "`bitdance_diffusers.loaders.convert.convert_text_to_image`), and load DIR."
+            )
+    if kwargs.pop("use_safetensors", True) is False:
+        raise ValueError("`use_safetensors` is False; weights load from safetensors files only.")
 
 
 def _dtypes_by_component(dtype: Any) -> dict[str, torch.dtype]:
