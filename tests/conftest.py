@@ -1,5 +1,6 @@
 import collections
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,28 @@ def class_pipeline(class_pipeline_path):
         return pipeline
 
     return load
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tmp_path_factory):
+    """
+    `hub_cache(repository, folder)`: a cache as the Hub's client leaves it, in which `repository` has the files of
+    `folder`: blobs under names of their own, and links to them in a snapshot.
+    """
+
+    def make(repository, folder):
+        cache = tmp_path_factory.mktemp("cache")
+        root = cache / f"models--{repository.replace('/', '--')}"
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+            blob = root / "blobs" / f"{number:040x}"
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.symlink_to(file.resolve())
+            link = root / "snapshots" / commit / file.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(commit)
+        return cache
+
+    return make

@@ -264,7 +264,7 @@ class OriginalTextToImageMixin:
             layout = find_layout(folder)
             if layout is None:
                 return super().from_pretrained(folder if subfolder else pretrained_model_name_or_path, **kwargs)
-            _check_only_converted(kwargs, folder)
+            _check_arguments(kwargs, folder)
             pop_hub_arguments(kwargs)
             return cls._from_original(layout, pretrained_model_name_or_path, kwargs)
 
@@ -280,7 +280,7 @@ class OriginalTextToImageMixin:
                     "saved loads from the root of its repository."
                 )
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        _check_only_converted(kwargs, "DOWNLOADED_FOLDER")
+        _check_arguments(kwargs, "DOWNLOADED_FOLDER")
         layout_of = _LAYOUTS[file]
         patterns = layout_of(Path(subfolder)).file_patterns(given=kwargs)
         snapshot = download_files(repository, patterns, **pop_hub_arguments(kwargs))
@@ -291,8 +291,7 @@ class OriginalTextToImageMixin:
         # 1. Arguments
         for name in _NO_MATTER:
             kwargs.pop(name, None)
-        dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
-        dtypes = _dtypes_by_component(torch_dtype if dtype is None else dtype)
+        dtypes = _dtypes_by_component(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         expected, optional = cls._get_signature_keys(cls)
         components = {name: kwargs.pop(name) for name in expected if name in kwargs}
         arguments = {name: kwargs.pop(name) for name in optional if name in kwargs}
@@ -323,8 +322,8 @@ class OriginalTextToImageMixin:
         return pipeline
 
 
-def _check_only_converted(kwargs: dict[str, Any], folder: Path | str) -> None:
-    """Raises a `ValueError` that names the argument and the command."""
+def _check_arguments(kwargs: dict[str, Any], folder: Path | str) -> None:
+    """Raises a `ValueError` or `TypeError` that names the argument, and the command where that helps."""
     for name in _ONLY_CONVERTED:
         if kwargs.pop(name, None) not in (None, False):
             raise ValueError(
@@ -334,13 +333,14 @@ def _check_only_converted(kwargs: dict[str, Any], folder: Path | str) -> None:
             )
     if kwargs.pop("use_safetensors", True) is False:
         raise ValueError("`use_safetensors` is False; weights load from safetensors files only.")
+    _dtypes_by_component(kwargs.get("dtype"), kwargs.get("torch_dtype"))
 
 
-def _dtypes_by_component(dtype: Any) -> dict[str, torch.dtype]:
-    """The dtype of transformer and vae: of all, or by component and "default" as in Diffusers."""
-    if not isinstance(dtype, dict):
-        check_dtype("dtype", dtype)
-        return dict.fromkeys(("transformer", "vae"), dtype or torch.float32)
-    for name, one in dtype.items():
-        check_dtype(f"dtype[{name!r}]", one)
-    return {name: dtype.get(name, dtype.get("default", torch.float32)) for name in ("transformer", "vae")}
+def _dtypes_by_component(dtype: Any, torch_dtype: Any) -> dict[str, torch.dtype]:
+    """The dtype of transformer and vae: of all, or by component and "default"; `torch_dtype` is its former name."""
+    dtype = torch_dtype if dtype is None else dtype
+    by_name = dtype if isinstance(dtype, dict) else {"default": dtype}
+    for one in by_name.values():
+        check_dtype("dtype", one)
+    default = by_name.get("default") or torch.float32
+    return {name: by_name.get(name) or default for name in ("transformer", "vae")}
