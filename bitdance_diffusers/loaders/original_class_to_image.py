@@ -222,7 +222,7 @@ class OriginalClassToImageMixin:
         hub_arguments = pop_hub_arguments(kwargs)
         check_dtype("dtype", dtype)
         expected, optional = cls._get_signature_keys(cls)
-        unknown = [name for name in kwargs if name not in expected | optional or name == "transformer"]
+        unknown = [name for name in kwargs if name not in {*expected, *optional} - {"transformer"}]
         if unknown:
             raise TypeError(f"`{unknown[0]}` is not an argument of `from_single_file`.")
         if not isinstance(vae, (str, Path, BitDanceTokenizer)):
