@@ -329,19 +329,20 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, StoredTensor], dt
     Give a model on the meta device its weights, and put it into evaluation mode.
 
     A tensor that has `dtype` already stays in its mapped file, which takes no memory that the system cannot have back;
-    any other is cast into memory of its own. So the model is never in memory twice.
+    any other, and a part of a fused one, gets memory of its own. So the model is never in memory twice.
 
     Raises:
         ValueError: as [`read_tensor`].
     """
     state_dict = {}
     for key, source in logging.tqdm(tensors.items(), desc=f"Loading {type(model).__name__}", unit="tensor"):
-        if source.dtype == dtype:
-            state_dict[key] = source.read()
-            for _ in _checked_pieces(source, state_dict[key], None):
+        tensor = source.read()
+        if tensor.dtype == dtype and tensor.untyped_storage().nbytes() == tensor.nbytes:
+            for _ in _checked_pieces(source, tensor, None):
                 pass
         else:
-            state_dict[key] = read_tensor(source, dtype)
+            tensor = read_tensor(source, dtype)
+        state_dict[key] = tensor
     model.load_state_dict(state_dict, assign=True)
     model.eval()
 

@@ -68,6 +68,11 @@ def test_it_is_what_a_converted_one_is(class_original, class_pipeline, dtype):
         assert next(settings) == next(settings)
 
 
+def test_parts_of_fused_tensors_do_not_hold_the_whole(class_original):
+    for name, weight in load(class_original("class_p4")).transformer.named_parameters():
+        assert weight.untyped_storage().nbytes() == weight.nbytes, name
+
+
 def drop_ema(content):
     content["model"] = content.pop("ema")
 
