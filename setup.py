@@ -23,6 +23,7 @@ setup(
     license_files=["LICENSE"],
     keywords="image generation, autoregressive, diffusion, diffusers, bitdance, pytorch",
     packages=find_packages(include=["bitdance_diffusers", "bitdance_diffusers.*"]),
+    package_data={"bitdance_diffusers.loaders": ["imagenet_labels.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.1",
