@@ -1,11 +1,8 @@
-"""BitDancePipeline: text to image."""
+"""What the pipelines share that draw pictures of a text: components, config, the texts and the start of a picture."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -13,23 +10,20 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation import Generation, Prefix, SamplingSettings
 from ..image_sizes import check_size
-from ..loaders.lora import BitDanceLoraLoaderMixin
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance import BitDanceTransformer
 from ..patch_order import patch_positions
 from ..prompt import check_tokenizer, picture_start_ids, prompt_ids, unconditional_ids
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
-from .pipeline_output import BitDancePipelineOutput
 
 logger = logging.get_logger(__name__)
 
 
-class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin):
+class TextConditionedPipelineMixin(PatchwisePipelineMixin):
     """
-    Text-to-image generation with BitDance (arXiv 2602.14041): a transformer reads the prompt and the picture so far, a
-    binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a
-    picture.
+    Goes beside `DiffusionPipeline` in the bases of a pipeline that draws pictures of a text. All of them have the same
+    components and config, so that `from_pipe` makes one of another.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the text tokenizer, with BitDance's size and query tokens.
@@ -286,58 +280,35 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             )
         return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
 
-    @torch.no_grad()
-    def prepare_generation(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_embeds_mask: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds_mask: torch.Tensor | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        max_sequence_length: int = 1024,
-        guidance_interval: tuple[float, float] | None = None,
-        early_stop_threshold: float | None = None,
-    ) -> Generation:
-        """
-        The batch of pictures that a call with these arguments draws, before its first patch: what [`~.__call__`] runs
-        to its end can be iterated, stopped, saved, joined and split here. [`~.decode_latents`] makes pictures of its
-        code.
-        """
-        # 1. Check inputs
-        height = self.config.default_height if height is None else height
-        width = self.config.default_width if width is None else width
+    def _steps_and_guidance(self, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
+        """The pipeline's own where a call names none."""
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
-        self.check_inputs(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            num_images_per_prompt,
-            generator,
-            latents,
-            prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds,
-            negative_prompt_embeds_mask,
-            attention_kwargs,
-            max_sequence_length,
-            guidance_interval,
-            early_stop_threshold,
-        )
+        return num_inference_steps, guidance_scale
+
+    def _start_generation(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        prompt_embeds_mask: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds_mask: torch.Tensor | None,
+        attention_kwargs: dict[str, Any] | None,
+        max_sequence_length: int,
+        guidance_interval: tuple[float, float] | None,
+        early_stop_threshold: float | None,
+    ) -> Generation:
+        """The batch of pictures before its first patch; the arguments are those of [`~.check_inputs`], checked."""
         height, width = int(height), int(width)
         latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
         supported = self.config.supported_sizes
@@ -347,7 +318,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             )
         device = self._execution_device
 
-        # 2. Encode the prompts: every text once, however many pictures it has
+        # 1. Encode the prompts: every text once, however many pictures it has
         one_negative = not isinstance(negative_prompt, list) and negative_prompt_embeds is None
         conditional, mask, unconditional, unconditional_mask = self.encode_prompt(
             prompt,
@@ -364,7 +335,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         if unconditional is not None and one_negative:
             unconditional, unconditional_mask = unconditional[:1], unconditional_mask[:1]
 
-        # 3. Prepare the code, and what stands in front of it: the texts and the tokens that announce the picture
+        # 2. Prepare the code, and what stands in front of it: the texts and the tokens that announce the picture
         num_images_per_prompt, patch_size = int(num_images_per_prompt), self.transformer.config.patch_size
         batch_size = conditional.shape[0] * num_images_per_prompt
         latents = self.prepare_latents(batch_size, latent_height, latent_width, device, latents)
@@ -422,104 +393,3 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         embeds = embeds[:, -max(row_lengths) :]  # embeddings that are given may be padded further
         torch._dynamo.maybe_mark_dynamic(embeds, 1)  # a compiled transformer takes texts of any length
         return Prefix({"inputs_embeds": embeds}, row_lengths, rows, unconditional_rows, embeds.dtype)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_embeds_mask: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds_mask: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
-        attention_kwargs: dict[str, Any] | None = None,
-        max_sequence_length: int = 1024,
-        guidance_interval: tuple[float, float] | None = None,
-        early_stop_threshold: float | None = None,
-    ) -> BitDancePipelineOutput | tuple:
-        """
-        Draw pictures.
-
-        Args:
-            prompt (`str` or `list[str]`): the texts, of any mix of lengths. All share every forward. Special tokens in
-                them are plain text.
-            negative_prompt (`str` or `list[str]`, *optional*): what guidance leads away from; one for all, or one for
-                each prompt. None or empty is the original's unconditional frame.
-            height, width (`int`, *optional*): pixels; multiples of `vae_scale_factor` x the transformer's
-                `patch_size`, at most 256 tokens a side. The pipeline's `default_height` and `default_width` where
-                None.
-            num_inference_steps (`int`, *optional*): diffusion steps per patch; the head is evaluated once more than
-                that.
-            guidance_scale (`float`, *optional*): classifier-free guidance; at most 1 runs the conditional rows only.
-                Read anew at every patch, so that a callback may change `pipe._guidance_scale`.
-            num_images_per_prompt (`int`): pictures of each prompt.
-            generator (`torch.Generator` or a list, *optional*): one generator reproduces the original's draws for the
-                batch as a whole; a list, one for each picture, makes each independent of its neighbours in the batch.
-            latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere.
-                Decoded patches are kept, wherever they stand, and the others drawn; a patch of a picture is decoded
-                whole or not at all.
-            prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask (`torch.Tensor`,
-                *optional*): what [`~.encode_prompt`] returns, in place of texts.
-            output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            return_dict (`bool`): an output object, or a tuple.
-            callback_on_step_end (`Callable`, *optional*): called after every patch with the pipeline, the index of the
-                patch (twice) and a dict of `callback_on_step_end_tensor_inputs`; `latents` in the dict that it returns
-                takes the place of the code so far. One that returns None changes nothing.
-            attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
-            max_sequence_length (`int`): most tokens that a text may have in its frame. Nothing is cut off.
-            guidance_interval (pair of `float`, *optional*): times, from 0 (noise) to 1 (data), between which the
-                prediction is guided (Kynkäänniemi et al., 2024, arXiv 2404.07724); elsewhere the head evaluates the
-                conditional rows only. None guides throughout.
-            early_stop_threshold (`float`, *optional*): between 0 and 1; a patch of a picture is finished at the first
-                evaluation of the head whose conditional predictions are all at least so far from 0. A lower
-                threshold saves more evaluations and changes more bits. None evaluates all.
-
-        Returns:
-            [`BitDancePipelineOutput`], or a tuple whose first element is the images.
-
-        Raises:
-            ValueError, TypeError: see [`~.check_inputs`] and [`~.encode_prompt`].
-        """
-        # 1. Check inputs, encode the prompts and prepare the code
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_output_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        generation = self.prepare_generation(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            num_images_per_prompt,
-            generator,
-            latents,
-            prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds,
-            negative_prompt_embeds_mask,
-            attention_kwargs,
-            max_sequence_length,
-            guidance_interval,
-            early_stop_threshold,
-        )
-
-        # 2. Patch by patch: denoise the next one, then feed it back
-        code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs)
-
-        # 3. Decode the pictures
-        images = self.decode_latents(code, output_type, generator)
-
-        self.maybe_free_model_hooks()
-        return BitDancePipelineOutput(images=images) if return_dict else (images,)
