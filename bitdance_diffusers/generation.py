@@ -53,6 +53,7 @@ class SamplingSettings:
             `1 + (s - 1) i / M`.
         guidance_interval (pair of `float`, *optional*): times between which the prediction is guided; None: all.
         early_stop_threshold (`float`, *optional*): see [`denoise_patch`].
+        first_step (`int`): steps that are left out of every patch, which then starts from the picture's source.
     """
 
     num_inference_steps: int
@@ -60,6 +61,7 @@ class SamplingSettings:
     guidance_schedule: Literal["constant", "linear"] = "constant"
     guidance_interval: tuple[float, float] | None = None
     early_stop_threshold: float | None = None
+    first_step: int = 0
 
     def guidance_of_patch(self, index: int, num_patches: int) -> float:
         if self.guidance_schedule == "linear":
@@ -101,6 +103,7 @@ class Picture:
         settings: how it is drawn.
         guided: whether it has an unconditional row.
         generator: its own generator, where every picture has one.
+        source (M, P, C): float32, -1 and +1, what its patches start from where steps are left out.
         index: patches that are done.
         unconditional_first_patch (P, C): where the unconditional sequence goes on from another first patch than the
             picture's, see [`Generation.advance`].
@@ -114,6 +117,7 @@ class Picture:
     settings: SamplingSettings
     guided: bool
     generator: torch.Generator | None
+    source: torch.Tensor | None = None
     index: int = 0
     unconditional_first_patch: torch.Tensor | None = None
 
@@ -187,6 +191,8 @@ class Generation:
         generator: one for the batch as a whole (a draw covers the pictures that draw at that patch), or a list, one
             for each picture.
         attention_kwargs: `scale` for LoRA layers.
+        source (B, C, h, w): -1 and +1, what patches start from where the settings leave out steps: its bits, noised to
+            the time of the first step that is left.
     """
 
     def __init__(
@@ -201,6 +207,7 @@ class Generation:
         settings: SamplingSettings,
         generator: torch.Generator | list[torch.Generator] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        source: torch.Tensor | None = None,
     ):
         self.transformer = transformer
         self.attention_kwargs = attention_kwargs
@@ -215,6 +222,8 @@ class Generation:
 
         patches = grid_to_patches(code.to(torch.float32), transformer.config.patch_size)  # (B, M, P, C)
         num_given = (patches != 0).all(dim=-1).sum(dim=-1).tolist()  # B lists of M
+        if source is not None:
+            source = grid_to_patches(source.to(self.device, torch.float32), transformer.config.patch_size)
         self.pictures = [
             Picture(
                 patches=one.clone(),
@@ -225,6 +234,7 @@ class Generation:
                 settings=settings,
                 guided=prefix.unconditional is not None,
                 generator=generator[i] if self._own_generators else None,
+                source=None if source is None else source[i],
             )
             for i, one in enumerate(patches.to(self.device))
         ]
@@ -371,10 +381,12 @@ class Generation:
         draw = draw_halves_noise if separate else draw_patch_noise
         noise = draw(settings.num_inference_steps, shape, generator, self.device)
 
-        known_code = None
+        repeats = len(halves) if separate else 1
+        known_code = source_code = None
         if any(picture.num_given[picture.index] for picture in pictures):
-            known_code = torch.stack([picture.patches[picture.index] for picture in pictures])
-            known_code = known_code.repeat(len(halves) if separate else 1, 1, 1)
+            known_code = torch.stack([picture.patches[picture.index] for picture in pictures]).repeat(repeats, 1, 1)
+        if settings.first_step:
+            source_code = torch.stack([picture.source[picture.index] for picture in pictures]).repeat(repeats, 1, 1)
 
         def predict(noisy_code: torch.Tensor, modulations: tuple[torch.Tensor, ...]) -> torch.Tensor:
             return self.transformer(
@@ -385,7 +397,8 @@ class Generation:
             )[0]
 
         def form_modulations() -> Iterator[tuple[torch.Tensor, ...]]:
-            for timesteps in split_timesteps(scheduler.timesteps, condition.shape[0] * condition.shape[1]):
+            timesteps_left = scheduler.timesteps[settings.first_step :]
+            for timesteps in split_timesteps(timesteps_left, condition.shape[0] * condition.shape[1]):
                 torch._dynamo.maybe_mark_dynamic(timesteps, 0)
                 chunks = self.transformer(
                     condition=condition,
@@ -407,6 +420,8 @@ class Generation:
             guided_evaluations,
             settings.early_stop_threshold,
             known_code,
+            source_code,
+            settings.first_step,
         )
         bits = torch.where(prediction > 0, 1.0, -1.0)
         for i, picture in enumerate(pictures):
@@ -512,6 +527,7 @@ class Generation:
                 "num_given": list(picture.num_given),
                 "index": picture.index,
                 "settings": dataclasses.asdict(picture.settings),
+                "source": None if picture.source is None else picture.source.to("cpu", torch.int8),
                 "unconditional_first_patch": (
                     None
                     if picture.unconditional_first_patch is None
@@ -555,6 +571,8 @@ class Generation:
             picture.settings = SamplingSettings(
                 **saved["settings"] | {"guidance_interval": None if interval is None else tuple(interval)}
             )
+            if saved["source"] is not None:
+                picture.source = saved["source"].to(picture.patches)
             if saved["unconditional_first_patch"] is not None:
                 picture.unconditional_first_patch = saved["unconditional_first_patch"].to(picture.patches)
             if picture.generator is not None:

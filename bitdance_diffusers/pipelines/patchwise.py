@@ -76,6 +76,7 @@ class PatchwisePipelineMixin:
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
+    _keeps_tokens = False  # whether a patch of `latents` may be decoded in part
 
     # Diffusers' names, with which callbacks change a call: `pipe._guidance_scale = 1.0`, `pipe._interrupt = True`.
     _guidance_scale = _state_property("guidance_scale")
@@ -210,10 +211,11 @@ class PatchwisePipelineMixin:
                 raise ValueError(
                     f"`latents` holds {wrong.flatten()[0].item()}; allowed are -1, +1, and 0 for undecoded."
                 )
-            known = grid_to_patches(latents != 0, self.transformer.config.patch_size).flatten(2)  # (B, M, P * C)
-            if bool((known.any(dim=2) != known.all(dim=2)).any()):
+            known = grid_to_patches(latents != 0, self.transformer.config.patch_size)  # (B, M, P, C)
+            unit, known = ("token", known) if self._keeps_tokens else ("patch", known.flatten(2))
+            if bool((known.any(dim=-1) != known.all(dim=-1)).any()):
                 raise ValueError(
-                    "`latents` holds a partly decoded patch; a patch of a picture is 0 everywhere or nowhere."
+                    f"`latents` holds a partly decoded {unit}; a {unit} of a picture is 0 everywhere or nowhere."
                 )
 
     def prepare_latents(

@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +17,8 @@ from ..models.transformer_bitdance import BitDanceTransformer
 from ..patch_order import patch_positions
 from ..prompt import check_tokenizer, picture_start_ids, prompt_ids, unconditional_ids
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
-from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
+from .image_inputs import own_size, read_images, resize_images
+from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer, is_number
 
 logger = logging.get_logger(__name__)
 
@@ -86,6 +89,15 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
         if self.tokenizer is not None and self.transformer is not None:
             check_tokenizer(self.tokenizer, self.transformer.config.patch_size, self.transformer.config.vocab_size)
 
+    def _check_text_components(self) -> None:
+        """Raises a `ValueError` that names what is needed and absent."""
+        self._check_components("tokenizer", "transformer", "scheduler")
+        if self.vae_scale_factor is None:
+            raise ValueError(
+                "The pipeline was built without its `vae`, and its config has no `vae_scale_factor`, so that `height` "
+                "and `width` (pixels) have no meaning; load it with the `vae`, or pass `vae_scale_factor` to it."
+            )
+
     def check_inputs(
         self,
         prompt: str | list[str] | None,
@@ -107,12 +119,7 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
         early_stop_threshold: float | None,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
-        self._check_components("tokenizer", "transformer", "scheduler")
-        if self.vae_scale_factor is None:
-            raise ValueError(
-                "The pipeline was built without its `vae`, and its config has no `vae_scale_factor`, so that `height` "
-                "and `width` (pixels) have no meaning; load it with the `vae`, or pass `vae_scale_factor` to it."
-            )
+        self._check_text_components()
         check_size(height, width, self.vae_scale_factor, self.transformer.config.patch_size)
         check_positive_integer("num_inference_steps", num_inference_steps)
         check_positive_integer("num_images_per_prompt", num_images_per_prompt)
@@ -280,6 +287,70 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
             )
         return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
 
+    def prepare_image(
+        self, image: PipelineImageInput, height: int | None = None, width: int | None = None
+    ) -> tuple[torch.Tensor, int, int]:
+        """
+        What a user gives as `image`, with its height and width in pixels.
+
+        Args:
+            image: pictures as [`~.pipelines.image_inputs.read_images`] takes them, or their codes, a tensor (N, C, h,
+                w) of -1 and +1.
+            height, width (`int`, *optional*): pixels to resize to. None is the pictures' own, rounded down to whole
+                patches.
+
+        Returns:
+            (N, 3, height, width) in [0, 1], or the codes; height; width.
+
+        Raises:
+            TypeError, ValueError: it holds no picture; pictures of different sizes that are not resized; a code that
+                is not of -1 and +1, or is to be resized; a size that cannot be drawn.
+        """
+        self._check_text_components()
+        scale, config = self.vae_scale_factor, self.transformer.config
+        if isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == config.in_channels:
+            wrong = image[image.abs() != 1]
+            if wrong.numel():
+                raise ValueError(f"`image` is a code that holds {wrong[0].item()}; allowed are -1 and +1.")
+            own = image.shape[-2] * scale, image.shape[-1] * scale
+            size = own[0] if height is None else height, own[1] if width is None else width
+            if size != own:
+                raise ValueError(
+                    f"`image` is a code of {own[0]} x {own[1]} pixels, which cannot be resized to the `height` and "
+                    f"`width` {size[0]} x {size[1]}."
+                )
+            check_size(*own, scale, config.patch_size)
+            return image, *own
+        self._check_components("vae")
+        pictures = read_images(image)
+        if height is None or width is None:
+            own = own_size(pictures, scale * config.patch_size)
+            height, width = own[0] if height is None else height, own[1] if width is None else width
+        check_size(height, width, scale, config.patch_size)
+        return resize_images(pictures, int(height), int(width)), int(height), int(width)
+
+    @staticmethod
+    def check_source_inputs(
+        prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        strength: float,
+        **sources: torch.Tensor,
+    ) -> None:
+        """
+        Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed. `sources` are the
+        prepared `image` and `mask_image`, by name.
+        """
+        if not is_number(strength):
+            raise TypeError(f"`strength` is {strength!r}; it has to be a number from 0 to 1.")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"`strength` is {strength}; it has to be from 0 to 1.")
+        num_prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
+        for name, source in sources.items():
+            if len(source) not in (1, num_prompts):
+                raise ValueError(
+                    f"`{name}` holds {len(source)} pictures for {num_prompts} prompts; give one, or one for each."
+                )
+
     def _steps_and_guidance(self, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
         """The pipeline's own where a call names none."""
         if num_inference_steps is None:
@@ -307,9 +378,23 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
         max_sequence_length: int,
         guidance_interval: tuple[float, float] | None,
         early_stop_threshold: float | None,
+        image: torch.Tensor | None = None,
+        redrawn: torch.Tensor | None = None,
+        strength: float = 1.0,
     ) -> Generation:
-        """The batch of pictures before its first patch; the arguments are those of [`~.check_inputs`], checked."""
-        height, width = int(height), int(width)
+        """
+        The batch of pictures before its first patch. The arguments are those of [`~.check_inputs`], checked, and those
+        of pictures that are made from others:
+
+        Args:
+            image (N, 3, height, width) or (N, C, h, w): the sources, one for all prompts or one for each; in [0, 1],
+                or their codes.
+            redrawn (N, 1, h, w), bool: the tokens to draw, for all prompts or for each; the others keep their source's
+                bits. None draws all.
+            strength: the share of the steps that is run for each patch, the last ones, from the bits of the source.
+                Where it leaves no step, every bit is the source's.
+        """
+        height, width, num_inference_steps = int(height), int(width), int(num_inference_steps)
         latent_height, latent_width = height // self.vae_scale_factor, width // self.vae_scale_factor
         supported = self.config.supported_sizes
         if supported is not None and [height, width] not in [list(size) for size in supported]:
@@ -339,6 +424,16 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
         num_images_per_prompt, patch_size = int(num_images_per_prompt), self.transformer.config.patch_size
         batch_size = conditional.shape[0] * num_images_per_prompt
         latents = self.prepare_latents(batch_size, latent_height, latent_width, device, latents)
+        source, first_step = None, 0
+        if image is not None:
+            source = self._for_each_picture(self.encode_image(image).to(device, torch.float32), batch_size)
+            first_step = num_inference_steps - int(num_inference_steps * strength)
+            kept = torch.zeros_like(source, dtype=torch.bool)
+            if redrawn is not None:
+                kept |= ~self._for_each_picture(redrawn.to(device), batch_size)
+            if first_step == num_inference_steps:
+                kept[:] = True
+            latents = torch.where((latents == 0) & kept, source, latents)
         start_ids = picture_start_ids(self.tokenizer, latent_height, latent_width, patch_size)
         prefix = self._prepare_prefix(
             conditional, mask, unconditional, unconditional_mask, start_ids, num_images_per_prompt
@@ -354,14 +449,31 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
             "condition_positions",
             positions,
             SamplingSettings(
-                int(num_inference_steps),
+                num_inference_steps,
                 float(guidance_scale),
                 guidance_interval=None if guidance_interval is None else tuple(guidance_interval),
                 early_stop_threshold=early_stop_threshold,
+                first_step=first_step,
             ),
             generator,
             attention_kwargs,
+            source,
         )
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """
+        The code (N, C, h, w) of pictures (N, 3, height, width) in [0, 1]; codes stay as they are. Pictures are encoded
+        one by one: a convolution of a whole batch rounds otherwise, and no code is to depend on its neighbours.
+        """
+        if image.shape[1] == self.transformer.config.in_channels:
+            return image
+        image = self.image_processor.normalize(image).to(get_module_execution_device(self.vae), self.vae.dtype)
+        return torch.cat([self.vae.encode(one, return_dict=False)[0] for one in image.split(1)])
+
+    @staticmethod
+    def _for_each_picture(rows: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """One row for all pictures, or one for all of a prompt, who stand side by side -> a row for each."""
+        return rows.repeat_interleave(batch_size // len(rows), dim=0)
 
     def _prepare_prefix(
         self,
