@@ -271,22 +271,28 @@ class PatchwisePipelineMixin:
             del self._calls[threading.get_ident()]
         return generation.code
 
-    def decode_latents(
-        self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    @torch.no_grad()
+    def decode_code(
+        self, code: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
         """
-        Pictures of a whole code (B, C, h, w). With a list of generators they are decoded one by one: a convolution of
-        a whole batch rounds otherwise, and no picture is to depend on its neighbours.
+        A whole code (B, C, h, w) -> pixels (B, 3, H, W), about -1 to 1. With a list of generators pictures are decoded
+        one by one: a convolution of a whole batch rounds otherwise, and no picture is to depend on its neighbours.
         """
-        if output_type == "latent":
-            return code
         code = code.to(get_module_execution_device(self.vae), self.vae.dtype)
         if isinstance(generator, list):
             rows = zip(code.split(1), generator, strict=True)
-            images = torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
-        else:
-            images = self.vae.decode(code, generator=generator, return_dict=False)[0]
-        return self.image_processor.postprocess(images, output_type=output_type)
+            return torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
+        return self.vae.decode(code, generator=generator, return_dict=False)[0]
+
+    @torch.no_grad()
+    def decode_latents(
+        self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Pictures of a whole code (B, C, h, w), see [`~.decode_code`]; the code itself for `"latent"`."""
+        if output_type == "latent":
+            return code
+        return self.image_processor.postprocess(self.decode_code(code, generator), output_type=output_type)
 
     @property
     def guidance_scale(self) -> float:

@@ -460,6 +460,7 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
             source,
         )
 
+    @torch.no_grad()
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """
         The code (N, C, h, w) of pictures (N, 3, height, width) in [0, 1]; codes stay as they are. Pictures are encoded

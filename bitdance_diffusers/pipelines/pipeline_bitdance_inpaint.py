@@ -1,0 +1,191 @@
+"""BitDanceInpaintPipeline: a masked part of a picture is drawn anew."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
+
+from ..generation import Generation
+from ..loaders.lora import BitDanceLoraLoaderMixin
+from .image_inputs import read_masks, resize_masks
+from .pipeline_output import BitDancePipelineOutput
+from .text_conditioned import TextConditionedPipelineMixin
+
+
+class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin):
+    """
+    Inpainting with BitDance (arXiv 2602.14041): the tokens under the mask are drawn, the others keep their bits. In a
+    patch that has both, the kept ones stand at their noised true value while the head denoises the others. A patch is
+    drawn after what comes before it in raster order and does not see what comes after.
+
+    Its components and config are those of [`TextConditionedPipelineMixin`].
+    """
+
+    _keeps_tokens = True
+
+    @torch.no_grad()
+    def prepare_generation(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 1024,
+        guidance_interval: tuple[float, float] | None = None,
+        early_stop_threshold: float | None = None,
+    ) -> Generation:
+        """The batch of pictures that a call with these arguments draws, before its first patch."""
+        image, height, width = self.prepare_image(image, height, width)
+        mask = resize_masks(read_masks(mask_image), height, width)
+        num_inference_steps, guidance_scale = self._steps_and_guidance(num_inference_steps, guidance_scale)
+        call = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "num_images_per_prompt": num_images_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "prompt_embeds_mask": prompt_embeds_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
+            "attention_kwargs": attention_kwargs,
+            "max_sequence_length": max_sequence_length,
+            "guidance_interval": guidance_interval,
+            "early_stop_threshold": early_stop_threshold,
+        }
+        self.check_inputs(**call)
+        self.check_source_inputs(prompt, prompt_embeds, strength, image=image, mask_image=mask)
+        redrawn = max_pool2d(mask, self.vae_scale_factor).bool()
+        return self._start_generation(**call, image=image, redrawn=redrawn, strength=strength)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 1024,
+        guidance_interval: tuple[float, float] | None = None,
+        early_stop_threshold: float | None = None,
+        paste_source: bool = True,
+    ) -> BitDancePipelineOutput | tuple:
+        """
+        Draw the masked part of pictures anew. The arguments that are not named here are those of [`BitDancePipeline`].
+
+        Args:
+            image (PIL picture, array, tensor, or a list of them): the sources, one for all prompts or one for each, as
+                [`~.prepare_image`] takes them.
+            mask_image (PIL picture, array, tensor, or a list of them): what is white is drawn, one for all prompts or
+                one for each, as [`~.pipelines.image_inputs.read_masks`] takes them. Masks are resized by nearest
+                neighbour, and grown to whole tokens of `vae_scale_factor` pixels.
+            height, width (`int`, *optional*): pixels, to which the sources are resized; by default their own, rounded
+                down to whole patches.
+            strength (`float`): from 0 to 1, the share of the n steps that is run for the masked tokens: the last
+                `int(n * strength)`, from the source's bits noised to the time of the first of them. 1 draws them from
+                noise alone.
+            latents (`torch.Tensor`, *optional*): code so far, as a callback got it: tokens in it are kept.
+            paste_source (`bool`): give the source's pixels, in place of what the `vae` makes of its code, where the
+                mask is not. Over the length of a token beside the mask, the drawn picture fades into the source.
+
+        Returns:
+            [`BitDancePipelineOutput`], or a tuple whose first element is the images. `"latent"` is the code, whose
+            tokens outside the (grown) mask are the source's.
+
+        Raises:
+            ValueError, TypeError: see [`~.prepare_image`], [`~.check_inputs`], [`~.check_source_inputs`] and
+                [`~.encode_prompt`].
+        """
+        # 1. Check inputs, encode the prompts and the sources
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check_output_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        image, height, width = self.prepare_image(image, height, width)
+        mask = resize_masks(read_masks(mask_image), height, width)
+        generation = self.prepare_generation(
+            prompt,
+            image,
+            mask,
+            negative_prompt,
+            height,
+            width,
+            strength,
+            num_inference_steps,
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            latents,
+            prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds,
+            negative_prompt_embeds_mask,
+            attention_kwargs,
+            max_sequence_length,
+            guidance_interval,
+            early_stop_threshold,
+        )
+
+        # 2. Patch by patch: denoise the next one, then feed it back
+        code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+        # 3. Decode the pictures, and paste what was not masked
+        if output_type == "latent":
+            images = code
+        else:
+            pixels = self.decode_code(code, generator)
+            if paste_source and image.shape[1] == pixels.shape[1]:
+                pixels = self._paste(pixels, image, mask)
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
+
+        self.maybe_free_model_hooks()
+        return BitDancePipelineOutput(images=images) if return_dict else (images,)
+
+    def _paste(self, drawn: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W), -1 to 1, where (N, 3, H, W) in [0, 1] takes the drawn one's place off the mask."""
+        scale = self.vae_scale_factor
+        share = interpolate(max_pool2d(mask, scale), scale_factor=scale)  # 1 in tokens that were drawn
+        # Grown by half a token, then averaged over a token: 1 up to the drawn tokens' edge, 0 a token from it.
+        side = scale // 2 * 2 + 1
+        share = avg_pool2d(max_pool2d(share, side, 1, side // 2), side, 1, side // 2, count_include_pad=False).to(
+            drawn
+        )
+        share, image = (self._for_each_picture(rows.to(drawn), len(drawn)) for rows in (share, image))
+        return torch.lerp(self.image_processor.normalize(image), drawn, share)
