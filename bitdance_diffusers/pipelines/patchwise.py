@@ -271,6 +271,7 @@ class PatchwisePipelineMixin:
             del self._calls[threading.get_ident()]
         return generation.code
 
+    @torch.no_grad()
     def decode_latents(
         self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
