@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -76,7 +78,7 @@ class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
         }
         self.check_inputs(**call)
         self.check_source_inputs(prompt, prompt_embeds, strength, image=image, mask_image=mask)
-        redrawn = max_pool2d(mask, self.vae_scale_factor).bool()
+        redrawn = self._grow_to_tokens(mask)
         return self._start_generation(**call, image=image, redrawn=redrawn, strength=strength)
 
     @torch.no_grad()
@@ -167,25 +169,44 @@ class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
         code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 3. Decode the pictures, and paste what was not masked
-        if output_type == "latent":
-            images = code
+        if paste_source and output_type != "latent":
+            images = self.decode_onto_source(code, image, mask, output_type, generator)
         else:
-            pixels = self.decode_code(code, generator)
-            if paste_source and image.shape[1] == pixels.shape[1]:
-                pixels = self._paste(pixels, image, mask)
-            images = self.image_processor.postprocess(pixels, output_type=output_type)
+            images = self.decode_latents(code, output_type, generator)
 
         self.maybe_free_model_hooks()
         return BitDancePipelineOutput(images=images) if return_dict else (images,)
 
-    def _paste(self, drawn: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W), -1 to 1, where (N, 3, H, W) in [0, 1] takes the drawn one's place off the mask."""
+    @torch.no_grad()
+    def decode_onto_source(
+        self,
+        code: torch.Tensor,
+        image: PipelineImageInput,
+        mask_image: PipelineImageInput,
+        output_type: str = "pil",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """
+        Pictures of a whole code (B, C, h, w), with the pixels of `image` where `mask_image` is black: the drawn one
+        fades into the source over the length of a token beside the tokens under the mask. Where `image` is a code,
+        there are no pixels to paste.
+        """
         scale = self.vae_scale_factor
-        share = interpolate(max_pool2d(mask, scale), scale_factor=scale)  # 1 in tokens that were drawn
-        # Grown by half a token, then averaged over a token: 1 up to the drawn tokens' edge, 0 a token from it.
+        height, width = code.shape[-2] * scale, code.shape[-1] * scale
+        image, _, _ = self.prepare_image(image, height, width)
+        if image.shape[1] == code.shape[1]:
+            return self.decode_latents(code, output_type, generator)
+        drawn = self.decode_code(code, generator)  # (B, 3, H, W)
+        mask = self._grow_to_tokens(resize_masks(read_masks(mask_image), height, width))
+        share = interpolate(mask.to(drawn), scale_factor=scale)  # 1 in tokens that were drawn, else 0
+        # Grown by half a token, then averaged over a token: it falls to 0 outside the drawn tokens, within a token.
         side = scale // 2 * 2 + 1
-        share = avg_pool2d(max_pool2d(share, side, 1, side // 2), side, 1, side // 2, count_include_pad=False).to(
-            drawn
-        )
-        share, image = (self._for_each_picture(rows.to(drawn), len(drawn)) for rows in (share, image))
-        return torch.lerp(self.image_processor.normalize(image), drawn, share)
+        share = max_pool2d(share, side, 1, side // 2)
+        share = avg_pool2d(share, side, 1, side // 2, count_include_pad=False)
+        source = self.image_processor.normalize(image).to(drawn)
+        source, share = (self._for_each_picture(rows, len(drawn)) for rows in (source, share))
+        return self.image_processor.postprocess(torch.lerp(source, drawn, share), output_type=output_type)
+
+    def _grow_to_tokens(self, mask: torch.Tensor) -> torch.Tensor:
+        """Masks (N, 1, H, W) -> (N, 1, h, w), bool: the tokens with a pixel under them."""
+        return max_pool2d(mask, self.vae_scale_factor).bool()
