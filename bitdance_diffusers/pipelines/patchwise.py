@@ -76,6 +76,7 @@ class PatchwisePipelineMixin:
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
+    _keeps_tokens = False  # whether a patch of `latents` may be decoded in part
 
     # Diffusers' names, with which callbacks change a call: `pipe._guidance_scale = 1.0`, `pipe._interrupt = True`.
     _guidance_scale = _state_property("guidance_scale")
@@ -210,10 +211,11 @@ class PatchwisePipelineMixin:
                 raise ValueError(
                     f"`latents` holds {wrong.flatten()[0].item()}; allowed are -1, +1, and 0 for undecoded."
                 )
-            known = grid_to_patches(latents != 0, self.transformer.config.patch_size).flatten(2)  # (B, M, P * C)
-            if bool((known.any(dim=2) != known.all(dim=2)).any()):
+            known = grid_to_patches(latents != 0, self.transformer.config.patch_size)  # (B, M, P, C)
+            unit, known = ("token", known) if self._keeps_tokens else ("patch", known.flatten(2))
+            if bool((known.any(dim=-1) != known.all(dim=-1)).any()):
                 raise ValueError(
-                    "`latents` holds a partly decoded patch; a patch of a picture is 0 everywhere or nowhere."
+                    f"`latents` holds a partly decoded {unit}; a {unit} of a picture is 0 everywhere or nowhere."
                 )
 
     def prepare_latents(
@@ -269,22 +271,28 @@ class PatchwisePipelineMixin:
             del self._calls[threading.get_ident()]
         return generation.code
 
-    def decode_latents(
-        self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    @torch.no_grad()
+    def decode_code(
+        self, code: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
         """
-        Pictures of a whole code (B, C, h, w). With a list of generators they are decoded one by one: a convolution of
-        a whole batch rounds otherwise, and no picture is to depend on its neighbours.
+        A whole code (B, C, h, w) -> pixels (B, 3, H, W), about -1 to 1. With a list of generators pictures are decoded
+        one by one: a convolution of a whole batch rounds otherwise, and no picture is to depend on its neighbours.
         """
-        if output_type == "latent":
-            return code
         code = code.to(get_module_execution_device(self.vae), self.vae.dtype)
         if isinstance(generator, list):
             rows = zip(code.split(1), generator, strict=True)
-            images = torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
-        else:
-            images = self.vae.decode(code, generator=generator, return_dict=False)[0]
-        return self.image_processor.postprocess(images, output_type=output_type)
+            return torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
+        return self.vae.decode(code, generator=generator, return_dict=False)[0]
+
+    @torch.no_grad()
+    def decode_latents(
+        self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Pictures of a whole code (B, C, h, w), see [`~.decode_code`]; the code itself for `"latent"`."""
+        if output_type == "latent":
+            return code
+        return self.image_processor.postprocess(self.decode_code(code, generator), output_type=output_type)
 
     @property
     def guidance_scale(self) -> float:
