@@ -532,6 +532,14 @@ class Generation:
             generation._keep_rows([row for row in rows if row[0] in generation.pictures])
         return taken
 
+    def separate_generators(self) -> None:
+        """Give every picture a generator of its own, where one draws for the whole batch: seeded by draws from it."""
+        if not self._own_generators:
+            new_ones = spawn_generators(self._batch_generator or torch.default_generator, len(self.pictures) + 1)[1:]
+            for picture, generator in zip(self.pictures, new_ones, strict=True):
+                picture.generator = generator
+            self._own_generators, self._batch_generator = True, None
+
     def fork(self, indices: list[int]) -> None:
         """
         Go on with copies: picture i goes on from where picture `indices[i]` stands. Pictures may be repeated or left
