@@ -71,11 +71,12 @@ def rate_pictures(
 
 
 def score_categories(rated: list[Rated]) -> dict[str, Score]:
-    """The score of each category, and the mean over the categories under "mean"."""
+    """The score of each category that there are pictures of, and the mean over these categories under "mean"."""
     scores = {}
     for category in CATEGORIES:
         reasons = [one.reason for one in rated if one.category == category]
-        scores[category] = wilson_score(reasons.count(""), len(reasons))
+        if reasons:
+            scores[category] = wilson_score(reasons.count(""), len(reasons))
     return scores | {"mean": mean_score(list(scores.values()))}
 
 
