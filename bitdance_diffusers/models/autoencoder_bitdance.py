@@ -3,6 +3,8 @@
 Shapes: B images, H x W pixels, C bits per token, h x w tokens with H = h * spatial_compression_ratio.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -311,6 +313,18 @@ class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
         bits = bits.flatten(-2)[..., :channels].permute(0, 3, 1, 2)
         return bits.to(self.dtype) * 2 - 1
+
+    def fingerprint(self) -> str:
+        """
+        SHA-256 of weights and config, 64 hexadecimal digits: what a code has to be decoded with. The weights are
+        rounded to bfloat16 first, so that a float32 and a bfloat16 copy have the same.
+        """
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+        return digest.hexdigest()
 
     def _check_images(self, images: torch.Tensor) -> None:
         ratio = self.spatial_compression_ratio
