@@ -9,7 +9,7 @@ tokenizer of 16 x 16 pixels and 32 bits a token (`bitdance_diffusers/code_files.
 any size are encoded, at their full size: their edges are repeated up to a whole token, and cut off again. `encode`
 decodes what it wrote and prints PSNR and SSIM, by torchmetrics (`pip install torchmetrics`). A bad file is named, the
 others are still done, and the command ends with the exit status 1. With `torchrun --nproc_per_node=N` or `accelerate
-launch` every process does its share.
+launch` every process does its share; set ACCELERATE_USE_CPU=true where that is to be on CPUs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.image_processor import VaeImageProcessor
 
@@ -66,7 +66,9 @@ def encode(args: argparse.Namespace) -> bool:
     results, num_bad = for_each(pairs, encode_one)
     if results:
         size, psnr, ssim = (sum(values) / len(results) for values in zip(*results, strict=True))
-        print_once(f"{len(results)} pictures: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}, {size:.0f} bytes on average")
+        Accelerator().print(
+            f"{len(results)} pictures: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}, {size:.0f} bytes on average"
+        )
     return num_bad == 0
 
 
@@ -120,8 +122,7 @@ def load_tokenizer(args: argparse.Namespace) -> tuple[BitDanceTokenizer, VaeImag
     folder = args.model / "vae" if (args.model / "model_index.json").is_file() else args.model
     if not (folder / "config.json").is_file():
         raise ValueError(f"`model` has to be the folder of a BitDanceTokenizer or a pipeline, but is {args.model}.")
-    state = PartialState()
-    device = state.device if args.device is None and state.num_processes > 1 else find_device(args.device)
+    device = Accelerator().device if args.device is None else find_device(args.device)
     vae = BitDanceTokenizer.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(device)
     return vae, VaeImageProcessor(vae_scale_factor=1, do_resize=False)
 
@@ -173,9 +174,9 @@ def for_each(pairs: list[tuple[Path, Path]], convert: Callable[[Path, Path], tup
     Convert this process's share of the files, and name those that are bad. Returns what `convert` returned, and how
     many files were bad, of all processes together.
     """
-    state = PartialState()
+    accelerator = Accelerator()
     results, num_bad = [], 0
-    for source, target in pairs[state.process_index :: state.num_processes]:
+    for source, target in pairs[accelerator.process_index :: accelerator.num_processes]:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             results.append(convert(source, target))
@@ -184,11 +185,6 @@ def for_each(pairs: list[tuple[Path, Path]], convert: Callable[[Path, Path], tup
             print(f"{source}: {error}", file=sys.stderr)
     results, bad = gather_object(results), gather_object([num_bad])
     return [one for one in results if one is not None], sum(bad)
-
-
-def print_once(text: str) -> None:
-    if PartialState().is_main_process:
-        print(text)
 
 
 def main(arguments: list[str] | None = None) -> None:
