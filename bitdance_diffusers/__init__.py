@@ -2,7 +2,11 @@
 
 import diffusers
 from diffusers import ModelMixin, SchedulerMixin  # noqa: F401 - looked up on this package by Diffusers
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .models.autoencoder_bitdance import BitDanceTokenizer
@@ -10,6 +14,8 @@ from .models.transformer_bitdance import BitDanceTransformer
 from .models.transformer_bitdance_class import BitDanceClassTransformer
 from .pipelines.pipeline_bitdance import BitDancePipeline
 from .pipelines.pipeline_bitdance_class import BitDanceClassPipeline
+from .pipelines.pipeline_bitdance_img2img import BitDanceImg2ImgPipeline
+from .pipelines.pipeline_bitdance_inpaint import BitDanceInpaintPipeline
 from .pipelines.pipeline_output import BitDancePipelineOutput
 from .schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 
@@ -18,6 +24,8 @@ __all__ = [
     "BinaryDiffusionScheduler",
     "BitDanceClassPipeline",
     "BitDanceClassTransformer",
+    "BitDanceImg2ImgPipeline",
+    "BitDanceInpaintPipeline",
     "BitDancePipeline",
     "BitDancePipelineOutput",
     "BitDanceTokenizer",
@@ -30,9 +38,11 @@ LOADABLE_CLASSES["bitdance_diffusers"] = {
     "ModelMixin": ["save_pretrained", "from_pretrained"],
     "SchedulerMixin": ["save_pretrained", "from_pretrained"],
 }
-# `DiffusionPipeline.from_pretrained`, `AutoModel` and `AutoPipelineForText2Image` look classes up on `diffusers`.
+# `DiffusionPipeline.from_pretrained`, `AutoModel` and the `AutoPipelineFor...` look classes up on `diffusers`.
 for _class in (
     BitDancePipeline,
+    BitDanceImg2ImgPipeline,
+    BitDanceInpaintPipeline,
     BitDanceClassPipeline,
     BitDanceTokenizer,
     BitDanceTransformer,
@@ -41,3 +51,5 @@ for _class in (
 ):
     setattr(diffusers, _class.__name__, _class)
 AUTO_TEXT2IMAGE_PIPELINES_MAPPING["bitdance"] = BitDancePipeline
+AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["bitdance"] = BitDanceImg2ImgPipeline
+AUTO_INPAINT_PIPELINES_MAPPING["bitdance"] = BitDanceInpaintPipeline

@@ -265,6 +265,11 @@ class Generation:
         return torch.stack([picture.code for picture in self.pictures])
 
     @property
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """What the pictures draw from: one for the batch as a whole, or a list, one for each."""
+        return [picture.generator for picture in self.pictures] if self._own_generators else self._batch_generator
+
+    @property
     def condition(self) -> torch.Tensor:
         """
         What the head is told of the next patch of every picture, (B, P, D), after [`~.prepare`] and while none is

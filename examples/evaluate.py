@@ -2,6 +2,7 @@
 
     python examples/evaluate.py icons --model examples/pretrained/icons-64     # pictures of held-out prompts
     python examples/evaluate.py icons-tokenizer --vae runs/icons-vae           # reconstructions of drawn pictures
+    python examples/evaluate.py icons-edits replace                            # an icon in a picture by another
     python examples/evaluate.py fid samples VIRTUAL_imagenet256_labeled.npz    # pictures against a reference
     python examples/evaluate.py digits                                         # digits that the shipped model draws
 
@@ -12,6 +13,7 @@ precision and recall of a folder or `.npz` of pictures (`sample_class.py` writes
 """
 
 import argparse
+import inspect
 import math
 from pathlib import Path
 
@@ -22,11 +24,17 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm import tqdm
 
-from bitdance_diffusers import BitDanceClassPipeline, BitDanceTokenizer
+from bitdance_diffusers import (
+    BitDanceClassPipeline,
+    BitDanceImg2ImgPipeline,
+    BitDanceInpaintPipeline,
+    BitDanceTokenizer,
+)
 from data.whole_files import write_json
 from drawing.models import DTYPES, SHIPPED_MODEL, add_model_arguments, find_device, load_pipeline
 from drawing.pictures import save_image
-from icon_world.held_out_score import rate_pictures, report, sample_held_out
+from icon_world.editing import EDITS, make_edits, show_edit
+from icon_world.held_out_score import Rated, rate_pictures, report, sample_held_out
 from icon_world.world import CATEGORIES, IconWorld
 from mnist_digits.classifier import classify, train_classifier
 from mnist_digits.digits import NUM_CLASSES
@@ -103,6 +111,57 @@ def evaluate_icons_tokenizer(args: argparse.Namespace) -> None:
     psnr = float(np.mean(20 * math.log10(255) - 10 * np.log10(squared_errors)))
     print(f"PSNR {psnr:.2f} dB, the mean over {len(rated)} pictures")
     report(rated, {"vae": str(args.vae), "dtype": args.dtype, "seed": args.seed, "psnr": psnr}, args)
+
+
+def evaluate_icon_edits(args: argparse.Namespace) -> None:
+    """Score the edits of a text-to-image model: what its pictures of the icon world become, and what is kept.
+
+    Raises:
+        ValueError: for a model that does not load, or settings that it refuses.
+    """
+    if args.num_edits < 1:
+        raise ValueError(f"`num_edits` has to be at least 1, but is {args.num_edits}.")
+    world = IconWorld()
+    edits = make_edits(world, args.kind, args.num_edits, args.seed)
+    masked = args.kind != "recolor"
+    pipe = load_pipeline(
+        args.model, args.dtype, args.device, BitDanceInpaintPipeline if masked else BitDanceImg2ImgPipeline
+    )
+    pipe.set_progress_bar_config(disable=True)
+    strength = args.strength
+    if strength is None:
+        strength = inspect.signature(pipe.__call__).parameters["strength"].default
+    settings = {"model": args.model, "kind": args.kind, "strength": strength, "seed": args.seed}
+    if masked:
+        settings |= {"num_candidates": args.num_candidates, "num_passes": args.num_passes}
+
+    rated, num_kept = [], 0
+    for start in tqdm(range(0, len(edits), args.batch_size), unit="batch"):
+        batch = edits[start : start + args.batch_size]
+        prompts, sources, masks = ([getattr(edit, name) for edit in batch] for name in ("prompt", "source", "mask"))
+        seeds = [args.seed + start + index for index in range(len(batch))]
+        call = {
+            "prompt": prompts,
+            "image": sources,
+            "strength": strength,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "output_type": "latent",
+        }
+        if masked:
+            look_ahead = {"num_candidates": args.num_candidates, "num_passes": args.num_passes}
+            code = pipe(mask_image=masks, **call, **look_ahead).images
+            source_code = pipe.prepare_generation(prompts, sources, masks).code
+            num_kept += int(((code == source_code) | (source_code == 0)).all(dim=(1, 2, 3)).sum())
+            images = pipe.decode_onto_source(code, sources, masks)
+        else:
+            images = pipe.decode_latents(pipe(**call).images, "pil", None)
+        for edit, seed, image in zip(batch, seeds, images, strict=True):
+            category = world.parse(edit.prompt).category
+            reason = world.judge(image, edit.prompt).reason
+            rated.append(Rated(category, edit.prompt, seed, show_edit(edit, image), reason))
+    report(rated, settings, args)
+    if masked:
+        print(f"Of {num_kept} of {len(edits)} pictures every bit that was not masked is the source's")
 
 
 def evaluate_fid(args: argparse.Namespace) -> None:
@@ -212,6 +271,19 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     command.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the first accelerator where there is one")
     add_report_arguments(command, batch_size=64)
+
+    command = commands.add_parser("icons-edits", help="score how a pipeline of the icon world edits pictures")
+    command.set_defaults(evaluate=evaluate_icon_edits)
+    command.add_argument("kind", choices=EDITS, help="replace an icon, extend downwards, or recolor by image to image")
+    add_model_arguments(command)
+    command.add_argument("--num_edits", type=int, default=200)
+    command.add_argument("--strength", type=float, help="the pipeline's own default where it is not given")
+    command.add_argument("--num_candidates", type=int, default=1, help="of which the best is kept; not for recolor")
+    command.add_argument("--num_passes", type=int, default=0, help="over the masked patches; not for recolor")
+    command.add_argument("--batch_size", type=int, default=20)
+    command.add_argument("--seed", type=int, default=0, help="of the edits and of the first picture")
+    command.add_argument("--json", type=Path, help="a file for the scores and every picture's prompt, seed and fault")
+    command.add_argument("--grid", type=Path, help="a file for a sheet of the sources and the pictures")
 
     command = commands.add_parser(
         "fid", help="FID, Inception score, precision and recall of pictures, by torch-fidelity"

@@ -20,6 +20,7 @@ from ..models.checked_loading import check_safe_serialization
 from ..patch_order import grid_to_patches
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 from ..search import CandidateSearch
+from .streaming import PictureStream
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -294,6 +295,7 @@ class PatchwisePipelineMixin:
             "attention_kwargs": generation.attention_kwargs,
         }
 
+    @torch.no_grad()
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """
         The code (N, C, h, w) of pictures (N, 3, height, width) in [0, 1]; codes stay as they are. Pictures are encoded
@@ -362,22 +364,54 @@ class PatchwisePipelineMixin:
         return generation.code
 
     @torch.no_grad()
-    def decode_latents(
-        self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    def stream(self, *args: Any, every: int = 1, state: dict[str, Any] | None = None, **kwargs: Any) -> PictureStream:
         """
-        Pictures of a whole code (B, C, h, w). With a list of generators they are decoded one by one: a convolution of
-        a whole batch rounds otherwise, and no picture is to depend on its neighbours.
+        Draw pictures while someone watches: an iterator over [`~.streaming.StreamedPictures`], the code so far and a
+        preview that is decoded when it is asked for. Nothing is drawn before it is asked for, and who stops iterating
+        stops the work.
+
+        ```python
+        for pictures in pipe.stream("a crown", every=4):
+            pictures.decode()[0].save(f"{pictures.num_done}.png")
+        ```
+
+        Args:
+            args, kwargs: the arguments of [`~.prepare_generation`].
+            every (`int`): patches from one item to the next; the last item is the finished pictures in any case.
+            state (`dict`, *optional*): what `state_dict()` of another stream, with the same arguments, returned after
+                any patch. This one goes on from there, to the same bits.
+
+        Raises:
+            ValueError, TypeError: for bad input, naming the argument, its value and what is allowed.
         """
-        if output_type == "latent":
-            return code
+        check_positive_integer("every", every)
+        generation = self.prepare_generation(*args, **kwargs)
+        if state is not None:
+            generation.load_state_dict(state)
+        return PictureStream(self, generation, int(every))
+
+    @torch.no_grad()
+    def decode_code(
+        self, code: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
+        """
+        A whole code (B, C, h, w) -> pixels (B, 3, H, W), about -1 to 1. With a list of generators pictures are decoded
+        one by one: a convolution of a whole batch rounds otherwise, and no picture is to depend on its neighbours.
+        """
         code = code.to(get_module_execution_device(self.vae), self.vae.dtype)
         if isinstance(generator, list):
             rows = zip(code.split(1), generator, strict=True)
-            images = torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
-        else:
-            images = self.vae.decode(code, generator=generator, return_dict=False)[0]
-        return self.image_processor.postprocess(images, output_type=output_type)
+            return torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
+        return self.vae.decode(code, generator=generator, return_dict=False)[0]
+
+    @torch.no_grad()
+    def decode_latents(
+        self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Pictures of a whole code (B, C, h, w), see [`~.decode_code`]; the code itself for `"latent"`."""
+        if output_type == "latent":
+            return code
+        return self.image_processor.postprocess(self.decode_code(code, generator), output_type=output_type)
 
     @property
     def guidance_scale(self) -> float:

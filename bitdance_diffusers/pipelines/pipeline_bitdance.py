@@ -185,11 +185,9 @@ class BitDancePipeline(TextConditionedPipelineMixin, DiffusionPipeline, BitDance
 
         # 2. Patch by patch: denoise the next one, then feed it back
         code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs, search)
-        if search is not None:
-            generator = [picture.generator for picture in generation.pictures]
 
         # 3. Decode the pictures
-        images = self.decode_latents(code, output_type, generator)
+        images = self.decode_latents(code, output_type, generation.generator)
 
         self.maybe_free_model_hooks()
         return BitDancePipelineOutput(images=images) if return_dict else (images,)
