@@ -35,7 +35,7 @@ from drawing.models import DTYPES, SHIPPED_MODEL, add_model_arguments, find_devi
 from drawing.pictures import save_image
 from icon_world.editing import EDITS, make_edits, show_edit
 from icon_world.held_out_score import Rated, rate_pictures, report, sample_held_out
-from icon_world.world import IconWorld
+from icon_world.world import CATEGORIES, IconWorld
 from mnist_digits.classifier import classify, train_classifier
 from mnist_digits.digits import NUM_CLASSES
 from scores.inception import find_feature_weights, score_pictures
@@ -51,8 +51,10 @@ def evaluate_icons(args: argparse.Namespace) -> None:
     """
     world = IconWorld()
     prompts = sample_held_out(world, args.pictures_per_category, args.seed)
+    prompts = [prompt for prompt in prompts if world.parse(prompt).category in args.categories]
     pipe = load_pipeline(args.model, args.dtype, args.device)
     pipe.set_progress_bar_config(disable=True)
+    search = {name: getattr(args, name) for name in ("best_of", "num_candidates_per_row", "num_kept_per_row")}
     steps, guidance = args.num_inference_steps, args.guidance_scale
     settings = {
         "model": args.model,
@@ -61,6 +63,7 @@ def evaluate_icons(args: argparse.Namespace) -> None:
         "dtype": str(pipe.dtype),
         "device": str(pipe.device),
         "seed": args.seed,
+        **search,
     }
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
@@ -72,6 +75,7 @@ def evaluate_icons(args: argparse.Namespace) -> None:
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pil",
+            **search,
         ).images
 
     report(rate_pictures(world, prompts, draw, args.seed, args.batch_size), settings, args)
@@ -253,6 +257,12 @@ def main(arguments: list[str] | None = None) -> None:
     add_model_arguments(command)
     command.add_argument("--num_inference_steps", type=int, help="the model's own default where it is not given")
     command.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
+    command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=CATEGORIES, metavar="CATEGORY")
+    command.add_argument(
+        "--best_of", type=int, default=1, help="candidates of each picture, chosen by the model's score"
+    )
+    command.add_argument("--num_candidates_per_row", type=int, default=1, help="candidates of each row of patches")
+    command.add_argument("--num_kept_per_row", type=int, default=1, help="how many of them go on")
     add_report_arguments(command, batch_size=32)
 
     command = commands.add_parser("icons-tokenizer", help="score the reconstructions of a BitDanceTokenizer")
