@@ -12,7 +12,7 @@ from ..generation import Generation
 
 # Around the tokens that changed, in tokens: so many are decoded anew, whose neighbours have become known, and so many
 # more are decoded with them and not kept.
-PREVIEW_SPREAD, PREVIEW_MARGIN = 1, 2
+PREVIEW_SPREAD, PREVIEW_MARGIN = 2, 2
 NOISE_SEED = 0  # of a stochastic decoder: nothing of a preview is drawn from the pictures' generators
 
 
