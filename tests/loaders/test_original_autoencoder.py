@@ -84,3 +84,10 @@ def test_wrong_links(folder, hub_cache, link, error, message):
     cache_dir = hub_cache("someone/tokenizers", folder)
     with pytest.raises(error, match=message):
         BitDanceTokenizer.from_single_file(link, cache_dir=cache_dir, local_files_only=True)
+
+
+def test_settings_are_asked_for_beside_a_link(folder, hub_cache):
+    (folder / "ae_d4c8_config.json").unlink()
+    cache_dir = hub_cache("someone/tokenizers", folder)
+    with pytest.raises(OSError, match="blob/main/ae_d4c8_config.json cannot be had"):
+        BitDanceTokenizer.from_single_file(f"{HUB}ae_d4c8.safetensors", cache_dir=cache_dir, local_files_only=True)
