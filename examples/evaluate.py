@@ -12,8 +12,8 @@ The first two draw or decode pictures of the icon world (`icons.py`) and print t
 with 95 % intervals, for each of the six categories and on average over them. `fid` prints FID, Inception score,
 precision and recall of a folder or `.npz` of pictures (`sample_class.py` writes both), computed by torch-fidelity.
 `digits` prints the share of digits whose class a classifier recognises that learnt from real ones (`digits.py`).
-`icon-choices` and `digit-choices` print how often the model's own score (`pipe.score`) of a picture is highest for what
-it is of.
+`icon-choices` and `digit-choices` print how often the model's own score (`pipe.score`) of a picture is highest for
+what it is of.
 """
 
 import argparse

@@ -16,6 +16,9 @@ ALLOWED = {
     "image_sizes": {"prompt"},
     "sampling": {"schedulers"},
     "generation": {"models", "patch_order", "sampling", "schedulers"},
+    "scoring": {"generation", "models", "patch_order", "schedulers"},
+    "search": {"generation", "scoring"},
+    "code_files": {"generation", "patch_order"},
     "schedulers": set(),
     "models": {"models", "patch_order", "prompt", "image_sizes"},
     "loaders": set(),
@@ -23,6 +26,8 @@ ALLOWED = {
     "pipelines": {
         "pipelines",
         "generation",
+        "scoring",
+        "search",
         "models",
         "schedulers",
         "loaders",
