@@ -283,8 +283,12 @@ def evaluate_digit_choices(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline)
     seen = []
     for start in tqdm(range(0, len(chosen), args.batch_size), unit="batch"):
-        images = list(pictures[chosen[start : start + args.batch_size]])
-        scores = [pipe.score(images, label, **score_settings(args)).mean(dim=1) for label in range(NUM_CLASSES)]
+        images = [
+            Image.fromarray(picture).convert("RGB") for picture in pictures[chosen[start : start + args.batch_size]]
+        ]
+        with torch.no_grad():
+            code = pipe.vae.encode(pipe.image_processor.preprocess(images).to(pipe.device, pipe.dtype)).code
+        scores = [pipe.score(code, label, **score_settings(args)).mean(dim=1) for label in range(NUM_CLASSES)]
         seen += torch.stack(scores).argmax(dim=0).tolist()
     scores = {}
     for label in range(NUM_CLASSES):
