@@ -12,8 +12,8 @@ The first two draw or decode pictures of the icon world (`icons.py`) and print t
 with 95 % intervals, for each of the six categories and on average over them. `fid` prints FID, Inception score,
 precision and recall of a folder or `.npz` of pictures (`sample_class.py` writes both), computed by torch-fidelity.
 `digits` prints the share of digits whose class a classifier recognises that learnt from real ones (`digits.py`).
-`icon-choices` and `digit-choices` print how often the model's own score (`pipe.score`) of a picture is highest for what
-it is of.
+`icon-choices` and `digit-choices` print how often the model's own score (`pipe.score`) of a picture is highest for
+what it is of.
 """
 
 import argparse
@@ -283,8 +283,12 @@ def evaluate_digit_choices(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline)
     seen = []
     for start in tqdm(range(0, len(chosen), args.batch_size), unit="batch"):
-        images = list(pictures[chosen[start : start + args.batch_size]])
-        scores = [pipe.score(images, label, **score_settings(args)).mean(dim=1) for label in range(NUM_CLASSES)]
+        images = [
+            Image.fromarray(picture).convert("RGB") for picture in pictures[chosen[start : start + args.batch_size]]
+        ]
+        with torch.no_grad():
+            code = pipe.vae.encode(pipe.image_processor.preprocess(images).to(pipe.device, pipe.dtype)).code
+        scores = [pipe.score(code, label, **score_settings(args)).mean(dim=1) for label in range(NUM_CLASSES)]
         seen += torch.stack(scores).argmax(dim=0).tolist()
     scores = {}
     for label in range(NUM_CLASSES):

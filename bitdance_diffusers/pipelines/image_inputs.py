@@ -99,8 +99,8 @@ def _split(name: str, value: PipelineImageInput, channels: tuple[int, ...], stac
         if entry.ndim == 3:
             entry = entry[None]
         if entry.ndim != 4 or entry.shape[1] not in channels or 0 in shape:
-            allowed = ", ".join(map(str, channels))
-            raise ValueError(f"`{name}` holds a picture of shape {shape}; its channels have to be {allowed}.")
+            allowed = " or ".join(map(str, channels))
+            raise ValueError(f"`{name}` is of shape {shape}; it has to hold pixels of {allowed} channels.")
         entry = entry.to("cpu", torch.float32) / (255 if kind == "uint8" else 1)
         if not bool(((entry >= 0) & (entry <= 1)).all()):
             low, high = entry.min().item(), entry.max().item()
