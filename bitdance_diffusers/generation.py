@@ -265,6 +265,11 @@ class Generation:
         return torch.stack([picture.code for picture in self.pictures])
 
     @property
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """What the pictures draw from: one for the batch as a whole, or a list, one for each."""
+        return [picture.generator for picture in self.pictures] if self._own_generators else self._batch_generator
+
+    @property
     def condition(self) -> torch.Tensor:
         """
         What the head is told of the next patch of every picture, (B, P, D), after [`~.prepare`] and while none is
@@ -531,6 +536,14 @@ class Generation:
         for generation in (taken, self):
             generation._keep_rows([row for row in rows if row[0] in generation.pictures])
         return taken
+
+    def separate_generators(self) -> None:
+        """Give every picture a generator of its own, where one draws for the whole batch: seeded by draws from it."""
+        if not self._own_generators:
+            new_ones = spawn_generators(self._batch_generator or torch.default_generator, len(self.pictures) + 1)[1:]
+            for picture, generator in zip(self.pictures, new_ones, strict=True):
+                picture.generator = generator
+            self._own_generators, self._batch_generator = True, None
 
     def fork(self, indices: list[int]) -> None:
         """

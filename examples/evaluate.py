@@ -5,11 +5,15 @@
     python examples/evaluate.py icons-edits replace                            # an icon in a picture by another
     python examples/evaluate.py fid samples VIRTUAL_imagenet256_labeled.npz    # pictures against a reference
     python examples/evaluate.py digits                                         # digits that the shipped model draws
+    python examples/evaluate.py icon-choices                                   # which prompt a picture is of
+    python examples/evaluate.py digit-choices                                  # which digit a real one is
 
 The first two draw or decode pictures of the icon world (`icons.py`) and print the share that its checker finds right,
 with 95 % intervals, for each of the six categories and on average over them. `fid` prints FID, Inception score,
 precision and recall of a folder or `.npz` of pictures (`sample_class.py` writes both), computed by torch-fidelity.
 `digits` prints the share of digits whose class a classifier recognises that learnt from real ones (`digits.py`).
+`icon-choices` and `digit-choices` print how often the model's own score (`pipe.score`) of a picture is highest for
+what it is of.
 """
 
 import argparse
@@ -35,12 +39,12 @@ from drawing.models import DTYPES, SHIPPED_MODEL, add_model_arguments, find_devi
 from drawing.pictures import save_image
 from icon_world.editing import EDITS, make_edits, show_edit
 from icon_world.held_out_score import Rated, rate_pictures, report, sample_held_out
-from icon_world.world import IconWorld
+from icon_world.world import CATEGORIES, IconWorld
 from mnist_digits.classifier import classify, train_classifier
-from mnist_digits.digits import NUM_CLASSES
+from mnist_digits.digits import NUM_CLASSES, is_held_out, read_digits
 from scores.inception import find_feature_weights, score_pictures
 from scores.picture_sets import open_pictures
-from scores.shares import print_scores, wilson_score
+from scores.shares import Score, print_scores, wilson_score
 
 
 def evaluate_icons(args: argparse.Namespace) -> None:
@@ -51,8 +55,10 @@ def evaluate_icons(args: argparse.Namespace) -> None:
     """
     world = IconWorld()
     prompts = sample_held_out(world, args.pictures_per_category, args.seed)
+    prompts = [prompt for prompt in prompts if world.parse(prompt).category in args.categories]
     pipe = load_pipeline(args.model, args.dtype, args.device)
     pipe.set_progress_bar_config(disable=True)
+    search = {name: getattr(args, name) for name in ("best_of", "num_candidates_per_row", "num_kept_per_row")}
     steps, guidance = args.num_inference_steps, args.guidance_scale
     settings = {
         "model": args.model,
@@ -61,6 +67,7 @@ def evaluate_icons(args: argparse.Namespace) -> None:
         "dtype": str(pipe.dtype),
         "device": str(pipe.device),
         "seed": args.seed,
+        **search,
     }
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
@@ -72,6 +79,7 @@ def evaluate_icons(args: argparse.Namespace) -> None:
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pil",
+            **search,
         ).images
 
     report(rate_pictures(world, prompts, draw, args.seed, args.batch_size), settings, args)
@@ -234,6 +242,84 @@ def evaluate_digits(args: argparse.Namespace) -> None:
         print(args.grid)
 
 
+def evaluate_icon_choices(args: argparse.Namespace) -> None:
+    """How often the model's own score finds the prompt of a drawn picture among others, which the checker finds wrong.
+
+    Raises:
+        ValueError: for a model that does not load, or numbers out of range.
+    """
+    if args.num_pictures < 1 or args.num_prompts < 2:
+        raise ValueError("`num_pictures` has to be at least 1 and `num_prompts` at least 2.")
+    world, rng = IconWorld(), np.random.default_rng(args.seed)
+    texts = {category: [prompt.text for prompt in world.held_out_prompts[category]] for category in CATEGORIES}
+    pipe = load_pipeline(args.model, args.dtype, args.device)
+    right = {category: [] for category in CATEGORIES}
+    for index in tqdm(range(args.num_pictures), unit="picture"):
+        category = CATEGORIES[index % len(CATEGORIES)]
+        others = texts[category] if args.same_category else [text for same in texts.values() for text in same]
+        prompt = str(rng.choice(texts[category]))
+        image = world.draw(prompt, rng)
+        wrong = [text for text in rng.permutation(others).tolist() if text != prompt and not world.check(image, text)]
+        scores = pipe.score(image, [prompt, *wrong[: args.num_prompts - 1]], **score_settings(args)).mean(dim=1)
+        right[category].append(int(scores.argmax()) == 0)
+    scores = {category: wilson_score(sum(found), len(found)) for category, found in right.items() if found}
+    scores["all"] = wilson_score(sum(map(sum, right.values())), args.num_pictures)
+    report_choices(scores, {"num_prompts": args.num_prompts, "same_category": args.same_category}, args)
+
+
+def evaluate_digit_choices(args: argparse.Namespace) -> None:
+    """How often the model's own score finds the class of a real digit that was held out.
+
+    Raises:
+        ImportError: without the package of the real digits.
+        ValueError: for a model that does not load, or numbers out of range.
+    """
+    pictures, labels = read_digits()
+    held_out = np.flatnonzero(is_held_out(labels))
+    if not 1 <= args.num_pictures <= len(held_out):
+        raise ValueError(f"`num_pictures` is {args.num_pictures}; it has to be from 1 to {len(held_out)}.")
+    # As many of every class: the package has the digits in the order of their classes.
+    chosen = held_out[np.arange(args.num_pictures) * len(held_out) // args.num_pictures]
+    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline)
+    seen = []
+    for start in tqdm(range(0, len(chosen), args.batch_size), unit="batch"):
+        images = [
+            Image.fromarray(picture).convert("RGB") for picture in pictures[chosen[start : start + args.batch_size]]
+        ]
+        with torch.no_grad():
+            code = pipe.vae.encode(pipe.image_processor.preprocess(images).to(pipe.device, pipe.dtype)).code
+        scores = [pipe.score(code, label, **score_settings(args)).mean(dim=1) for label in range(NUM_CLASSES)]
+        seen += torch.stack(scores).argmax(dim=0).tolist()
+    scores = {}
+    for label in range(NUM_CLASSES):
+        found = [one == label for one, asked in zip(seen, labels[chosen], strict=True) if asked == label]
+        scores[str(label)] = wilson_score(sum(found), len(found))
+    scores["all"] = wilson_score(sum(map(int.__eq__, seen, labels[chosen].tolist())), len(chosen))
+    report_choices(scores, {}, args)
+
+
+def score_settings(args: argparse.Namespace) -> dict[str, int | float]:
+    return {name: getattr(args, name) for name in ("num_times", "num_draws", "num_passes", "bit_flip_probability")}
+
+
+def report_choices(scores: dict[str, Score], settings: dict, args: argparse.Namespace) -> None:
+    print_scores("of", scores)
+    if args.json:
+        settings |= {"model": args.model, "seed": args.seed} | score_settings(args)
+        write_json(args.json, {"settings": settings, "scores": {name: vars(score) for name, score in scores.items()}})
+
+
+def add_score_arguments(parser: argparse.ArgumentParser, num_pictures: int) -> None:
+    parser.add_argument("--num_pictures", type=int, default=num_pictures)
+    parser.add_argument("--num_times", type=int, default=8, help="times that the score is averaged over")
+    parser.add_argument("--num_draws", type=int, default=2, help="draws of noise at each time")
+    parser.add_argument("--num_passes", type=int, default=1, help="passes, each with flipped bits of its own")
+    parser.add_argument("--bit_flip_probability", type=float, default=0.0, help="of the bits that are fed back")
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures and prompts")
+    parser.add_argument("--json", type=Path, help="a file for the scores")
+
+
 def add_report_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
         "--pictures_per_category", type=int, default=100, help="or a few more, so that all count alike"
@@ -253,6 +339,12 @@ def main(arguments: list[str] | None = None) -> None:
     add_model_arguments(command)
     command.add_argument("--num_inference_steps", type=int, help="the model's own default where it is not given")
     command.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
+    command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=CATEGORIES, metavar="CATEGORY")
+    command.add_argument(
+        "--best_of", type=int, default=1, help="candidates of each picture, chosen by the model's score"
+    )
+    command.add_argument("--num_candidates_per_row", type=int, default=1, help="candidates of each row of patches")
+    command.add_argument("--num_kept_per_row", type=int, default=1, help="how many of them go on")
     add_report_arguments(command, batch_size=32)
 
     command = commands.add_parser("icons-tokenizer", help="score the reconstructions of a BitDanceTokenizer")
@@ -307,6 +399,21 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next seed")
     command.add_argument("--json", type=Path, help="a file for the scores and the class seen in every picture")
     command.add_argument("--grid", type=Path, help="a file for a sheet of all the pictures, a row for each class")
+
+    command = commands.add_parser("icon-choices", help="how often the model's score finds a picture's prompt")
+    command.set_defaults(evaluate=evaluate_icon_choices, grid=None)
+    add_model_arguments(command)
+    command.add_argument("--num_prompts", type=int, default=8, help="prompts to choose among, one of them right")
+    command.add_argument(
+        "--same_category", action="store_true", help="the wrong prompts are of the right one's category"
+    )
+    add_score_arguments(command, num_pictures=200)
+
+    command = commands.add_parser("digit-choices", help="how often the model's score finds a real digit's class")
+    command.set_defaults(evaluate=evaluate_digit_choices, grid=None)
+    add_model_arguments(command)
+    command.set_defaults(model=str(SHIPPED_MODEL.parent / "digits-32"))
+    add_score_arguments(command, num_pictures=500)
 
     args = parser.parse_args(arguments)
     try:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import get_module_execution_device
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -459,17 +458,6 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
             attention_kwargs,
             source,
         )
-
-    @torch.no_grad()
-    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """
-        The code (N, C, h, w) of pictures (N, 3, height, width) in [0, 1]; codes stay as they are. Pictures are encoded
-        one by one: a convolution of a whole batch rounds otherwise, and no code is to depend on its neighbours.
-        """
-        if image.shape[1] == self.transformer.config.in_channels:
-            return image
-        image = self.image_processor.normalize(image).to(get_module_execution_device(self.vae), self.vae.dtype)
-        return torch.cat([self.vae.encode(one, return_dict=False)[0] for one in image.split(1)])
 
     @staticmethod
     def _for_each_picture(rows: torch.Tensor, batch_size: int) -> torch.Tensor:
