@@ -17,17 +17,18 @@ class ImageFolder(Dataset):
     Args:
         folder (`Path`): Has a `metadata.jsonl` with a `file_name`, relative to the folder, and a text in every line.
         caption_column (`str`, *optional*): The field with the text; without it every picture in the folder and below
-            is taken, and the texts are empty.
+            is taken, and the texts are `text`.
+        text (`str`): The text of all pictures, without a `caption_column`.
 
     Raises:
         ValueError: if a file, line, field or picture is missing or broken; every picture is decoded once to know.
     """
 
-    def __init__(self, folder: Path, caption_column: str | None = None) -> None:
+    def __init__(self, folder: Path, caption_column: str | None = None, text: str = "") -> None:
         if not folder.is_dir():
             raise ValueError(f"The folder of pictures {folder} does not exist.")
         if caption_column is None:
-            self.entries = [(path, "") for path in find_images(folder)]
+            self.entries = [(path, text) for path in find_images(folder)]
         else:
             self.entries = list(_read_metadata(folder, caption_column))
         if not self.entries:

@@ -32,20 +32,19 @@ def recorded(script):
     return f"""
 import sys, torch
 import {script}
-from accelerate import PartialState
-from training import transformer_run
+from accelerate import Accelerator, PartialState
+from training.optimization import Steps
 record = {{"losses": []}}
-check_finite = transformer_run.check_finite
-def recorded(accelerator, name, value, step):
-    mean = check_finite(accelerator, name, value, step)
-    if name == "loss":
-        record["losses"].append(mean)
-    return mean
-def clip(accelerator, parameters, max_norm, step):
+read, clip = Steps.read, Accelerator.clip_grad_norm_
+def recorded_read(self, step, norms):
+    values, finite = read(self, step, norms)
+    record["losses"].append(values["loss"])
+    return values, finite
+def recorded_clip(self, parameters, max_norm):
     parameters = list(parameters)
-    record.setdefault("gradients", [p.grad.clone() for p in parameters])
-    accelerator.clip_grad_norm_(parameters, max_norm)
-transformer_run.check_finite, transformer_run.clip_gradients = recorded, clip
+    record.setdefault("gradients", [p.grad.clone() for p in parameters if p.grad is not None])
+    return clip(self, parameters, max_norm)
+Steps.read, Accelerator.clip_grad_norm_ = recorded_read, recorded_clip
 {script}.main({script}.parse_args(sys.argv[2:]))
 torch.save(record, f"{{sys.argv[1]}}-{{PartialState().process_index}}")
 """
