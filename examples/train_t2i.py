@@ -12,6 +12,7 @@ released models were fine-tuned with.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,9 @@ def add_text_to_image_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--smaller_icons", type=float, default=0.0, help="share of --icons drawn as small as among more of them"
     )
+    text.add_argument(
+        "--max_sequence_length", type=int, default=1024, help="most tokens of a caption in its frame; more is an error"
+    )
     text.add_argument("--proportion_empty_prompts", type=float, default=0.1, help="share of prompts dropped")
     text.add_argument("--text_loss_weight", type=float, help="0.01 by default, 0 for a transformer without `lm_head`")
     text.add_argument("--validation_prompts", "--validation_prompt", nargs="+", default=[])
@@ -86,6 +90,8 @@ def check_text_to_image_arguments(args: argparse.Namespace) -> None:
     check_probability(args, "proportion_empty_prompts")
     if args.text_loss_weight is not None and args.text_loss_weight < 0:
         raise ValueError(f"--text_loss_weight has to be at least 0 but is {args.text_loss_weight}.")
+    if args.max_sequence_length < 1:
+        raise ValueError(f"--max_sequence_length has to be at least 1 but is {args.max_sequence_length}.")
     if args.icon_weights and args.icons is None:
         raise ValueError("--icon_weights weighs the pictures of --icons, which is not given.")
     check_probability(args, "smaller_icons")
@@ -136,6 +142,18 @@ def check_pipeline(args: argparse.Namespace, pipeline: BitDancePipeline) -> None
         raise ValueError(
             f"--text_loss_weight {args.text_loss_weight} needs a transformer with an `lm_head` (`use_lm_head`; the "
             "converter keeps it by --keep_lm_head); this one has none."
+        )
+
+
+def check_caption(text: str, tokenizer: PreTrainedTokenizerBase, max_sequence_length: int) -> None:
+    """
+    Raises:
+        ValueError: if the pipeline would refuse the text as a prompt.
+    """
+    length = len(prompt_ids(tokenizer, text, "caption"))
+    if length > max_sequence_length:
+        raise ValueError(
+            f"it is {length} tokens long in its frame; --max_sequence_length allows {max_sequence_length}."
         )
 
 
@@ -201,7 +219,8 @@ def train(
     transformer, patch_size = pipeline.transformer, pipeline.transformer.config.patch_size
     side = args.resolution // pipeline.vae_scale_factor
     frames = PromptFrames(pipeline.tokenizer, picture_start_ids(pipeline.tokenizer, side, side, patch_size))
-    pictures = load_pictures(args, args.caption_column, args.icon_weights, args.smaller_icons)
+    check_length = partial(check_caption, tokenizer=pipeline.tokenizer, max_sequence_length=args.max_sequence_length)
+    pictures = load_pictures(args, args.caption_column, args.icon_weights, args.smaller_icons, check_length)
     class_pictures = load_class_pictures(args, accelerator, pipeline) if args.with_prior_preservation else None
 
     # 2. Model, optimizer, codes. The output layer for text learns from the text loss alone.

@@ -34,11 +34,12 @@ from training.arguments import (
     add_icons_argument,
     add_training_arguments,
     check_training_arguments,
+    loggable,
     parse_arguments,
     training_configuration,
 )
 from training.checkpoints import Checkpoints, find_checkpoint
-from training.hub_upload import push_to_hub
+from training.hub_upload import open_repository, push_to_hub, repository_name
 from training.model_card import save_model_card
 from training.optimization import (
     Steps,
@@ -233,6 +234,8 @@ def main(args: argparse.Namespace) -> None:
         num_pictures=len(pictures),
     )
     first_step = 0 if checkpoint is None else Checkpoints.check(checkpoint, configuration, args.skip_checksums)
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = open_repository(args)
 
     # 2. Models, optimizers
     discriminator = reconstruction.PatchDiscriminator(tokenizer.config.out_channels) if args.gan_weight > 0 else None
@@ -256,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
     if checkpoint is not None:
         checkpoints.load(checkpoint)
     if args.report_to != "none":
-        accelerator.init_trackers("train_tokenizer", config={name: str(value) for name, value in vars(args).items()})
+        accelerator.init_trackers("train_tokenizer", config=loggable(args))
 
     # 3. Pictures: the last are for validation
     dataset = CroppedPictures(
@@ -361,16 +364,16 @@ def main(args: argparse.Namespace) -> None:
             f"A BitDance tokenizer, trained at {args.resolution} x {args.resolution} pixels.",
             ["image-tokenizer"],
             "from bitdance_diffusers import BitDanceTokenizer\n\n"
-            f'tokenizer = BitDanceTokenizer.from_pretrained("{args.hub_model_id or args.output_dir.resolve().name}")',
+            f'tokenizer = BitDanceTokenizer.from_pretrained("{repository_name(args)}")',
             num_train,
             step,
             accelerator.num_processes,
         )
-        if args.push_to_hub:
-            push_to_hub(args)
         shares = timer.shares("data", "forward_backward", "optimizer", "discriminator") if step > first_step else {}
         logger.info("Time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        push_to_hub(args, repo_id)
 
 
 if __name__ == "__main__":

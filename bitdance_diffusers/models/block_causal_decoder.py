@@ -11,8 +11,16 @@ import dataclasses
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import nn
+
+# Parts of the names of backends that take no mask of queries and keys. Most raise; those of "varlen" make it one of
+# keys, so that a token would silently see what comes after it.
+MASKLESS_BACKENDS = ("flash", "sage", "aiter", "xla")
 
 
 @dataclasses.dataclass
@@ -56,7 +64,7 @@ class StaticKVCache:
         num_layers, num_key_value_heads, head_dim: the decoder's sizes.
         row_lengths (list of B `int`): tokens of each row's text.
         row_capacities (list of B `int`): most tokens that each row will have.
-        dtype, device: of keys and values.
+        dtype, device: of keys and values. Inside `torch.autocast` they have the dtype that it gives the projections.
     """
 
     def __init__(
@@ -83,6 +91,8 @@ class StaticKVCache:
         self._all_slots = torch.arange(longest + most_fed_back, device=device)
         self.length = 0  # of the longest rows
         self.slots = CacheSlots()
+        if torch.is_autocast_enabled(torch.device(device).type):
+            dtype = torch.get_autocast_dtype(torch.device(device).type)
 
         def allocate(num_rows: int, capacity: int) -> torch.Tensor:
             tensor = torch.zeros((num_rows, capacity, num_key_value_heads, head_dim), dtype=dtype, device=device)
@@ -167,6 +177,16 @@ def block_causal_mask(
     return mask
 
 
+def check_backend_takes_masks(backend: AttentionBackendName | None) -> None:
+    """Raises a `ValueError` that names the backend, Diffusers' active one where None, if it takes no mask."""
+    name = (backend or _AttentionBackendRegistry.get_active_backend()[0]).value
+    if any(part in name for part in MASKLESS_BACKENDS):
+        raise ValueError(
+            f"The attention backend {name!r} takes no mask, which a forward without a `kv_cache` (training) needs: "
+            "set one that does, such as `set_attention_backend('native')`. Generation needs none, and goes with it."
+        )
+
+
 def rotary_1d(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin) of the half-split rotary embedding in float32, each (..., head_dim), for integer positions (...)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
@@ -215,8 +235,9 @@ class BlockCausalAttnProcessor:
         if attn.norm_q is not None:
             query = attn.norm_q(query)
             key = attn.norm_k(key)
-        query = apply_rotary(query, rotary)
-        key = apply_rotary(key, rotary)
+        # Under autocast norms and rotary embedding are float32 and the projections are not: attention is theirs.
+        query = apply_rotary(query, rotary).to(value.dtype)
+        key = apply_rotary(key, rotary).to(value.dtype)
 
         if kv_cache is None:
             hidden_states = self.attend(query, key, value, attention_mask=attention_mask)
@@ -232,6 +253,8 @@ class BlockCausalAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
+        if attention_mask is not None:
+            check_backend_takes_masks(self._attention_backend)
         # Grouped heads are repeated: a mask together with enable_gqa takes the slow path, and most backends refuse it.
         groups = query.shape[2] // key.shape[2]
         if groups > 1:

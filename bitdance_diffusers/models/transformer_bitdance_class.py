@@ -149,6 +149,10 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
             condition (R, P, D): of a patch, as an earlier call returned it.
             modulations: of one evaluation, each (R, P, G): slices of what an earlier call returned.
             attention_kwargs: `scale` for LoRA, as in Diffusers.
+
+        Raises:
+            ValueError: without `kv_cache` (training) attention is masked, and the backend of `set_attention_backend`
+                takes no mask, as those of flash and sage attention.
         """
         if class_labels is None and code is None:
             if noisy_code is None:

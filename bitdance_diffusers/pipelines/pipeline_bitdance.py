@@ -31,6 +31,9 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
     binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a
     picture.
 
+    The defaults and sizes below are the checkpoint's. `BitDancePipeline(**pipe.components)` forgets them;
+    `BitDancePipeline.from_pipe(pipe)` shares the components too, and keeps them.
+
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the text tokenizer, with BitDance's size and query tokens.
         vae ([`BitDanceTokenizer`]): the binary autoencoder.
@@ -222,7 +225,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         Texts in their frames -> embeddings and masks of the conditional and the unconditional rows.
 
         A missing or empty negative prompt is the frame without a user; any other text takes the user frame. Embeddings
-        that are given are only repeated.
+        that are given are only cast to the transformer's dtype and repeated.
 
         Returns:
             `prompt_embeds` (B, L, D) padded on the left, `prompt_embeds_mask` (B, L) bool, and the negative two,
@@ -270,7 +273,7 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         def repeat(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
             if mask is None:
                 mask = embeds.new_ones(embeds.shape[:2])
-            embeds = embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+            embeds = embeds.to(device, self.transformer.dtype).repeat_interleave(num_images_per_prompt, dim=0)
             return embeds, mask.to(device, torch.bool).repeat_interleave(num_images_per_prompt, dim=0)
 
         if ids is not None:

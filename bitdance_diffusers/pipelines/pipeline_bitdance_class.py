@@ -31,6 +31,9 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceL
     Class-conditional generation with BitDance (arXiv 2602.14041, the ImageNet models): as [`BitDancePipeline`], with a
     class in place of a text. Pictures have the one size that the transformer was trained for.
 
+    The defaults and label names below are the checkpoint's. `BitDanceClassPipeline(**pipe.components)` forgets them;
+    `BitDanceClassPipeline.from_pipe(pipe)` shares the components too, and keeps them.
+
     Args:
         vae ([`BitDanceTokenizer`]): the binary autoencoder.
         transformer ([`BitDanceClassTransformer`]): class and code tokens, decoder and diffusion head.

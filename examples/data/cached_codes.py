@@ -62,9 +62,9 @@ def describe_pictures(dataset: Dataset) -> Any:
         return [describe_pictures(dataset.dataset), len(dataset)]
     if isinstance(dataset, ImageFolder | ClassFolder):
         entries = [[path.name, path.stat().st_size, path.stat().st_mtime_ns, to] for path, to in dataset.entries]
-        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        return [hashlib.sha256(json.dumps(entries).encode()).hexdigest(), dataset.background]
     if isinstance(dataset, HubDataset):
-        return [dataset.rows._fingerprint, dataset.image_column, dataset.target_column]
+        return [dataset.rows._fingerprint, dataset.image_column, dataset.target_column, dataset.background]
     if isinstance(dataset, IconDataset):
         return [dataset.num_pictures, dataset.seed, dict(dataset.category_weights or {}), dataset.smaller_share]
     raise TypeError(f"`dataset` is {type(dataset).__name__}; codes cannot be kept for it.")

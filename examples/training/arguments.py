@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.optimization import SchedulerType
+from PIL import ImageColor
 
 # Arguments that may differ between a run and its continuation: they do not change what a step computes.
 FREE_ON_RESUME = {
@@ -17,7 +18,7 @@ FREE_ON_RESUME = {
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
     "push_to_hub", "hub_model_id", "hub_token", "lr_decay_steps", "validation_prompts", "num_validation_images",
     "num_inference_steps", "guidance_scale", "save_dtype", "cache_codes", "validation_labels", "guidance_schedule",
-    "validation_epochs", "max_skipped_steps", "skip_checksums", "command", "license",
+    "validation_epochs", "max_skipped_steps", "skip_checksums", "command", "license", "max_sequence_length",
 }  # fmt: skip
 
 
@@ -30,6 +31,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset_name", help="a dataset of the Hub, or a folder, for `datasets.load_dataset`")
     data.add_argument("--dataset_config_name", help="configuration of --dataset_name")
     data.add_argument("--image_column", default="image", help="column of --dataset_name with the pictures")
+    data.add_argument("--background_color", default="white", help="behind what is transparent: a name or #rrggbb")
     data.add_argument("--max_train_samples", type=int, help="use only the first so many pictures")
     data.add_argument("--resolution", type=int, default=256, help="height and width of the pictures in training")
     data.add_argument("--center_crop", action="store_true", help="crop the centre in place of a random part")
@@ -115,6 +117,12 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--lr_decay_steps needs a constant --lr_scheduler, not {args.lr_scheduler}.")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"--ema_decay has to be in [0, 1) but is {args.ema_decay}.")
+    try:
+        ImageColor.getcolor(args.background_color, "RGB")
+    except ValueError as error:
+        raise ValueError(
+            f"--background_color has to be a color's name or #rrggbb, but is {args.background_color!r}."
+        ) from error
     if args.hub_token is not None and not args.push_to_hub:
         raise ValueError("--hub_token without --push_to_hub has no effect.")
 
@@ -147,3 +155,8 @@ def training_configuration(args: argparse.Namespace, num_processes: int, **more:
     """What has to be equal in a run and its continuation: the arguments but `FREE_ON_RESUME`, and `more`."""
     configuration = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
     return json.loads(json.dumps({**configuration, "num_processes": num_processes, **more}, default=str))
+
+
+def loggable(args: argparse.Namespace) -> dict[str, str]:
+    """The arguments for the trackers, without the secret one."""
+    return {name: str(value) for name, value in vars(args).items() if name != "hub_token"}

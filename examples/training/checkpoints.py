@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from data.whole_files import flush, remove_folder
 from training.optimization import Steps
 
+logger = logging.getLogger(__name__)
 TRAINING_STATE = "training_state.json"
 EMA_WEIGHTS = "ema.safetensors"
 CHECKSUMS = "SHA256SUMS"  # in the format of the command sha256sum
@@ -27,33 +30,49 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Pat
     """
     The checkpoint to go on from, `None` for a new run.
 
+    Args:
+        resume_from_checkpoint (`str`, *optional*): `"latest"`, which is a new run where there is no checkpoint yet,
+            the name of a checkpoint in `output_dir`, or the path of one.
+        output_dir (`Path`): of the run.
+
     Raises:
         ValueError: if there is none to resume, or `output_dir` holds another run.
     """
     checkpoints = list_checkpoints(output_dir)
-    if resume_from_checkpoint is None:
+    if resume_from_checkpoint == "latest" and checkpoints:
+        return checkpoints[-1]
+    if resume_from_checkpoint in (None, "latest"):
         if checkpoints or any((output_dir / name).exists() for name in RESULTS):
             raise ValueError(
-                f"--output_dir {output_dir} holds another run: go on with it by --resume_from_checkpoint latest, or "
-                "choose another folder."
+                f"--output_dir {output_dir} holds another run: go on with it by --resume_from_checkpoint, from one of "
+                f"its checkpoints ({_names(checkpoints)}), or choose another folder."
+            )
+        if resume_from_checkpoint == "latest":
+            logger.warning(
+                f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}; a new run starts."
             )
         return None
-    if resume_from_checkpoint == "latest":
-        if not checkpoints:
-            raise ValueError(f"--resume_from_checkpoint latest: there is no checkpoint in {output_dir}.")
-        return checkpoints[-1]
     path = Path(resume_from_checkpoint)
+    if len(path.parts) == 1 and not path.exists():
+        path = output_dir / path
     if not (path / TRAINING_STATE).is_file():
-        raise ValueError(f"--resume_from_checkpoint {path} is not a checkpoint: it has no {TRAINING_STATE}.")
+        raise ValueError(
+            f"--resume_from_checkpoint {path} is not a checkpoint: it has no {TRAINING_STATE}. The checkpoints in "
+            f"--output_dir {output_dir}: {_names(checkpoints)}."
+        )
     if checkpoints and path.resolve().parent != output_dir.resolve():
         raise ValueError(f"--output_dir {output_dir} holds another run than --resume_from_checkpoint {path}.")
     return path
 
 
+def _names(checkpoints: list[Path]) -> str:
+    return ", ".join(path.name for path in checkpoints) or "none"
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder, by step."""
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+    folders = (path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted(folders, key=step_of)
 
 
 def list_files(checkpoint: Path) -> list[str]:
@@ -144,7 +163,8 @@ class Checkpoints:
             partial.rename(final)
             flush(self.output_dir)
             if self.total_limit is not None:
-                for old in list_checkpoints(self.output_dir)[: -self.total_limit]:
+                others = [path for path in list_checkpoints(self.output_dir) if path != final]
+                for old in others[: max(len(others) + 1 - self.total_limit, 0)]:
                     remove_folder(old)
         self.accelerator.wait_for_everyone()
 
@@ -179,15 +199,12 @@ class Checkpoints:
         if not skip_checksums:
             (damage,) = broadcast_object_list([find_damage(path) if PartialState().is_main_process else None])
             if damage is not None:
-                raise ValueError(
-                    f"The checkpoint {path} is damaged: {damage}. Go on from an earlier one by "
-                    "--resume_from_checkpoint PATH, or with it as it is by --skip_checksums."
-                )
+                raise ValueError(f"{_damaged(path, damage)} --skip_checksums takes it as it is.")
         try:
             state = json.loads((path / TRAINING_STATE).read_text(encoding="utf-8"))
-            step, saved = state["step"], state["configuration"]
+            saved, step = state["configuration"], state["step"]
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"The checkpoint {path} is damaged: {TRAINING_STATE} cannot be read: {error}") from error
+            raise ValueError(_damaged(path, _what_failed(error))) from error
         differ = [
             f"{name}: {saved.get(name)!r} there, {configuration.get(name)!r} here"
             for name in sorted({*saved, *configuration})
@@ -198,13 +215,52 @@ class Checkpoints:
         return step
 
     def load(self, path: Path) -> None:
-        """Restore what `save` wrote."""
-        state = json.loads((path / TRAINING_STATE).read_text(encoding="utf-8"))
-        self.accelerator.load_state(str(path))
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.steps.load_state_dict(state)
-        if self.ema is not None:
-            self.ema.optimization_step = state["ema_step"]
-            shadow = load_file(path / EMA_WEIGHTS)
-            for i, parameter in enumerate(self.ema.shadow_params):
-                parameter.copy_(shadow[str(i)])
+        """
+        Restore what `save` wrote. Checkpoints of later steps are set aside: renamed to `checkpoint-N.set-aside`, so
+        that neither "latest" nor the limit of checkpoints takes them for those of this run.
+
+        Raises:
+            ValueError: if a file of the checkpoint is missing or broken, naming the checkpoint.
+        """
+        try:
+            state = json.loads((path / TRAINING_STATE).read_text(encoding="utf-8"))
+            self.accelerator.load_state(str(path))
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            self.steps.load_state_dict(state)
+            if self.ema is not None:
+                self.ema.optimization_step = state["ema_step"]
+                shadow = load_file(path / EMA_WEIGHTS)
+                for i, parameter in enumerate(self.ema.shadow_params):
+                    parameter.copy_(shadow[str(i)])
+        except Exception as error:  # pickle's, torch's and safetensors' errors have no common class of their own
+            raise ValueError(_damaged(path, _what_failed(error))) from error
+        self.accelerator.wait_for_everyone()  # every process has found its checkpoint, and read it
+        if self.accelerator.is_main_process:
+            for later in list_checkpoints(self.output_dir):
+                if step_of(later) > state["step"]:
+                    aside = _unused(later.with_name(f"{later.name}.set-aside"))
+                    later.rename(aside)
+                    logger.warning(f"{later} is of a later step than {path.name}, and is set aside as {aside.name}.")
+        self.accelerator.wait_for_everyone()
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _damaged(path: Path, what: str) -> str:
+    others = [other for other in list_checkpoints(path.parent) if other != path]
+    return (
+        f"The checkpoint {path} cannot be loaded, {what}. Beside it are: {_names(others)}; go on from one by "
+        "--resume_from_checkpoint."
+    )
+
+
+def _what_failed(error: Exception) -> str:
+    return f"a file of it may be damaged ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+
+
+def _unused(path: Path) -> Path:
+    """The path, or where there is something, the first of `path-2`, `path-3`, ... where there is not."""
+    names = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())

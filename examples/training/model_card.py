@@ -63,6 +63,10 @@ def save_model_card(
         f"process{'es' if num_processes > 1 else ''}:\n\n```bash\n{args.command}\n```"
     )
     given = {name: getattr(args, name, None) for name in HYPERPARAMETERS}
+    if given["class_prompt"] is None:
+        del given["num_class_images"], given["prior_loss_weight"]
+    if not given["use_ema"]:
+        del given["ema_decay"]
     table = "\n".join(f"| {name} | {value} |" for name, value in given.items() if value not in (None, False))
     parts.append(f"| | |\n|---|---|\n{table}")
     partial = folder / ".README.md.partial"

@@ -36,9 +36,15 @@ from data.crops import CroppedPictures
 from data.order import count_steps, create_dataloader
 from drawing.models import DTYPES
 from training import optimization
-from training.arguments import add_training_arguments, check_training_arguments, list_flags, training_configuration
+from training.arguments import (
+    add_training_arguments,
+    check_training_arguments,
+    list_flags,
+    loggable,
+    training_configuration,
+)
 from training.checkpoints import Checkpoints
-from training.hub_upload import push_to_hub
+from training.hub_upload import open_repository, push_to_hub, repository_name
 from training.lora import is_adapted, keep_adapter_alone, save_adapter
 from training.model_card import save_model_card
 from training.optimization import Steps, create_lr_scheduler, create_optimizer, step_optimizer
@@ -203,7 +209,8 @@ class TransformerTraining:
         paired (`Dataset`, *optional*): pictures like those, one of which stands after each of them in a batch.
 
     Raises:
-        ValueError: if the checkpoint is of another configuration, before anything is written.
+        ValueError: if the checkpoint is damaged or of another configuration, or the repository to upload to cannot be
+            written to, before anything is written here.
     """
 
     def __init__(
@@ -232,6 +239,8 @@ class TransformerTraining:
             0 if checkpoint is None else Checkpoints.check(checkpoint, configuration, args.skip_checksums)
         )
         self.step = self.first_step
+        if args.push_to_hub and accelerator.is_main_process:
+            self.repo_id = open_repository(args)
 
         # 1. Model and optimizer
         transformer.train()
@@ -268,7 +277,7 @@ class TransformerTraining:
         if checkpoint is not None:
             self.checkpoints.load(checkpoint)
         if args.report_to != "none":
-            accelerator.init_trackers(name, config={name: str(value) for name, value in vars(args).items()})
+            accelerator.init_trackers(name, config=loggable(args))
 
         # 2. Pictures, or their codes
         self.num_pictures, num_paired = len(pictures), 0 if paired is None else len(paired)
@@ -413,6 +422,9 @@ class TransformerTraining:
             tags (list of `str`): of the card.
             sample_rows (list of `str`): what each row of the validation pictures was drawn from.
             call (`str`): how the pipeline `pipe` is called, for the card.
+
+        Raises:
+            RuntimeError: if the upload fails, after all else is done.
         """
         args = self.args
         self.progress.close()
@@ -425,7 +437,7 @@ class TransformerTraining:
                     save_pipeline(args.output_dir, self.pipeline, trained)
                 samples = None if self.validation is None else self.validate(trained)
         if self.accelerator.is_main_process:
-            kind, name = type(self.pipeline).__name__, args.hub_model_id or args.output_dir.resolve().name
+            kind, name = type(self.pipeline).__name__, repository_name(args)
             lines = [f"from bitdance_diffusers import {kind}", ""]
             if adapted:
                 base = args.pretrained_model_name_or_path
@@ -447,9 +459,9 @@ class TransformerTraining:
             if self.step > self.first_step:
                 shares = self.timer.shares("data", "forward_backward", "optimizer")
                 logger.info("Time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-            if args.push_to_hub:
-                push_to_hub(args)
         self.accelerator.end_training()
+        if args.push_to_hub and self.accelerator.is_main_process:
+            push_to_hub(args, self.repo_id)
 
 
 def save_pipeline(output_dir: Path, pipeline: Pipeline, transformer: Transformer) -> None:

@@ -249,6 +249,7 @@ def test_four_pictures_are_learnt():
         ({"bit_flip_probability": -1}, "--bit_flip_probability"),
         ({"guidance_schedule": "cosine"}, "invalid choice: 'cosine'"),
         ({"cache_codes": True}, "needs --center_crop"),
+        ({"background_color": "colour"}, "--background_color has to be a color's name or #rrggbb, but is 'colour'"),
         ({"icons": 4}, "unrecognized arguments: --icons"),
     ],
 )
@@ -265,7 +266,7 @@ def test_bad_arguments(arguments, capsys, options, message):
         ({"validation_labels": "dog"}, "'dog', which is not the name of a class"),
         ({"validation_labels": "3"}, "the classes are 0 to 2"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3 is not a checkpoint"),
     ],
 )
 def test_bad_arguments_that_only_the_files_show(train, workplace, options, message):

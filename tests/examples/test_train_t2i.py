@@ -331,10 +331,11 @@ def test_bad_arguments(arguments, capsys, options, message):
     ("options", "message"),
     [
         ({"resolution": 20}, "--resolution 20 has to be a multiple of 8: 4 pixels a token, 2 tokens"),
+        ({"max_sequence_length": 5}, "caption of .*0.png.* --max_sequence_length allows 5"),
         ({"text_loss_weight": 0.1}, "--text_loss_weight 0.1 needs a transformer with an `lm_head`"),
         ({"caption_column": "caption"}, "has no column 'caption'"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3 is not a checkpoint"),
     ],
 )
 def test_bad_arguments_that_only_the_files_show(train, workplace, options, message):
@@ -356,6 +357,10 @@ def test_a_text_tokenizer_larger_than_the_vocabulary(train, scratch):
         ('{"file_name": "3.png", "text": 3}', "'text' has to be text but is 3"),
         ('{"file_name": "absent.png", "text": "a"}', "absent.png cannot be read"),
         ('{"file_name": "broken.png", "text": "a"}', "broken.png cannot be read"),
+        (
+            json.dumps({"file_name": "3.png", "text": "a " * 1025}),
+            "3.png, 'a a .*: it is .* tokens .*_length allows 1024",
+        ),
     ],
 )
 def test_bad_captions_and_pictures(train, workplace, line, message):
@@ -372,3 +377,27 @@ def test_another_run_in_the_output_folder(train):
         train("out", max_train_steps=2)
     with pytest.raises(ValueError, match="another configuration .*learning_rate"):
         train("out", max_train_steps=4, learning_rate=2e-3, resume_from_checkpoint="latest")
+
+
+def test_going_on_from_an_earlier_checkpoint_loses_nothing(train):
+    folder = train("out", max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest")  # a new run
+    train("out", max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1,
+          resume_from_checkpoint="checkpoint-1")  # fmt: skip
+    names = sorted(path.name for path in folder.glob("*checkpoint*"))
+    assert names == ["checkpoint-2", "checkpoint-2.set-aside", "checkpoint-3.set-aside"]
+    assert_equal_states(weights(folder), load_file(folder / "checkpoint-2" / "model.safetensors"))
+    assert_equal_checkpoints(folder / "checkpoint-2.set-aside", folder / "checkpoint-2")
+
+
+def test_the_repository_is_there_before_the_training_and_a_failed_upload_loses_nothing(train, workplace, hub):
+    _, answers = hub
+    options = {"push_to_hub": True, "hub_model_id": "foxes", "hub_token": "secret", "max_train_steps": 1}
+    with pytest.raises(ValueError, match="--push_to_hub: the repository foxes cannot be written to: .*403"):
+        train("out", **options)
+    assert not (workplace / "out").exists()
+
+    answers |= {"/api/repos/create": (200, {}), "/api/models/owner/foxes/auth-check/write": (200, {})}
+    with pytest.raises(RuntimeError, match="the upload to owner/foxes failed: .*403(.|\n)*hf upload owner/foxes"):
+        train("out", report_to="tensorboard", **options)
+    BitDancePipeline.from_pretrained(workplace / "out")
+    assert not [path for path in (workplace / "out").rglob("*") if path.is_file() and b"secret" in path.read_bytes()]

@@ -185,7 +185,7 @@ def test_bad_arguments(workplace, capsys, options, message):
         ({"resolution": 26}, "--resolution 26 has to be a multiple of .* 4 pixels"),
         ({"num_codebooks": 3}, "--num_codebooks 3"),
         ({"num_validation_images": 10}, "leaves none of 10 pictures"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3 is not a checkpoint"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
     ],
 )
@@ -201,3 +201,16 @@ def test_another_run_in_the_output_folder(workplace):
         train(workplace, "out", max_train_steps=2)
     with pytest.raises(ValueError, match="another configuration .*learning_rate"):
         train(workplace, "out", max_train_steps=4, learning_rate=2e-3, resume_from_checkpoint="latest")
+
+
+def test_the_repository_is_there_before_the_training_and_a_failed_upload_loses_nothing(workplace, hub):
+    _, answers = hub
+    options = {"push_to_hub": True, "hub_model_id": "codes", "hub_token": "secret", "max_train_steps": 1}
+    with pytest.raises(ValueError, match="--push_to_hub: the repository codes cannot be written to: .*403"):
+        train(workplace, "out", **options)
+    assert not (workplace / "out").exists()
+
+    answers |= {"/api/repos/create": (200, {}), "/api/models/owner/codes/auth-check/write": (200, {})}
+    with pytest.raises(RuntimeError, match="the upload to owner/codes failed: .*403"):
+        train(workplace, "out", **options)
+    BitDanceTokenizer.from_pretrained(workplace / "out")

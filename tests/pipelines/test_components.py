@@ -74,6 +74,16 @@ def test_pixels_have_no_meaning_where_no_scale_is_known(t2i_pipeline):
     assert draw(pipeline).shape[-2:] == (2, 2)
 
 
+def test_from_pipe_keeps_the_defaults_of_the_checkpoint(t2i_pipeline, class_pipeline):
+    for pipeline, defaults in (
+        (t2i_pipeline(default_height=8, default_width=16, default_guidance_scale=2.0), ("height", "width")),
+        (class_pipeline("class_p4", default_guidance_schedule="constant"), ("guidance_schedule",)),
+    ):
+        names = [f"default_{name}" for name in ("num_inference_steps", "guidance_scale", *defaults)]
+        kept = type(pipeline).from_pipe(pipeline).config
+        assert [kept[name] for name in names] == [pipeline.config[name] for name in names]
+
+
 def test_slicing_and_tiling_of_the_vae(load):
     pipeline = load()
     for name in ("slicing", "tiling"):
