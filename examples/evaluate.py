@@ -27,6 +27,7 @@ from data.whole_files import write_json
 from drawing.models import DTYPES, SHIPPED_MODEL, add_model_arguments, find_device, load_pipeline
 from drawing.pictures import save_image
 from icon_world.held_out_score import rate_pictures, report, sample_held_out
+from icon_world.new_shape import NEW_SHAPES, NewShapeWorld
 from icon_world.world import IconWorld
 from mnist_digits.classifier import classify, train_classifier
 from mnist_digits.digits import NUM_CLASSES
@@ -41,13 +42,15 @@ def evaluate_icons(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for a model that does not load, or settings that it refuses.
     """
-    world = IconWorld()
+    world = IconWorld() if args.new_shape is None else NewShapeWorld(args.new_shape)
     prompts = sample_held_out(world, args.pictures_per_category, args.seed)
-    pipe = load_pipeline(args.model, args.dtype, args.device)
+    pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     pipe.set_progress_bar_config(disable=True)
     steps, guidance = args.num_inference_steps, args.guidance_scale
     settings = {
         "model": args.model,
+        "lora": args.lora,
+        "new_shape": args.new_shape,
         "num_inference_steps": pipe.config.default_num_inference_steps if steps is None else steps,
         "guidance_scale": pipe.config.default_guidance_scale if guidance is None else guidance,
         "dtype": str(pipe.dtype),
@@ -137,7 +140,7 @@ def evaluate_digits(args: argparse.Namespace) -> None:
     """
     if args.pictures_per_class < 1:
         raise ValueError(f"`pictures_per_class` has to be at least 1, but is {args.pictures_per_class}.")
-    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline)
+    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline, args.lora)
     if pipe.transformer.config.num_classes != NUM_CLASSES:
         raise ValueError(f"`model` has to have {NUM_CLASSES} classes, but has {pipe.transformer.config.num_classes}.")
     pipe.set_progress_bar_config(disable=True)
@@ -194,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_model_arguments(command)
     command.add_argument("--num_inference_steps", type=int, help="the model's own default where it is not given")
     command.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
+    command.add_argument("--new_shape", choices=NEW_SHAPES, help="only prompts that name this shape, which is new")
     add_report_arguments(command, batch_size=32)
 
     command = commands.add_parser("icons-tokenizer", help="score the reconstructions of a BitDanceTokenizer")
