@@ -21,20 +21,14 @@ from tests.examples.training_runs import (
     killed_in_a_checkpoint,
     recorded,
     reset_accelerator,
+    to_flags,
+    write_pictures,
 )
 
 
 @pytest.fixture
 def workplace(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(10):
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-        coarse.resize((20, 16), Image.Resampling.BICUBIC).save(pictures / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a red fox number {i}"}))
-    (pictures / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_pictures(tmp_path / "pictures")
     return tmp_path
 
 
@@ -53,11 +47,7 @@ def arguments(workplace, t2i_pipeline_path):
             "lr_scheduler": "constant",
             "report_to": "none",
         }
-        flags = []
-        for name, value in {**defaults, **more}.items():
-            values = value if isinstance(value, list) else [value]
-            flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
-        return flags
+        return to_flags({**defaults, **more})
 
     return arguments
 

@@ -1,14 +1,38 @@
 """What the tests of the training scripts share: runs that are killed, recorded or fresh, and the states they leave."""
 
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+
+
+def write_pictures(folder):
+    """Ten pictures with captions, as an image folder."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(10):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        coarse.resize((20, 16), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a red fox number {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def to_flags(options):
+    """A command line of arguments: those that are None are left out, True is a flag without a value."""
+    flags = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
+    return flags
 
 
 def killed_in_a_checkpoint(script):
