@@ -23,6 +23,7 @@ setup(
     license_files=["LICENSE"],
     keywords="image generation, autoregressive, diffusion, diffusers, bitdance, pytorch",
     packages=find_packages(include=["bitdance_diffusers", "bitdance_diffusers.*"]),
+    package_data={"bitdance_diffusers.loaders": ["imagenet_labels.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.1",
@@ -38,7 +39,7 @@ setup(
         "train": TRAIN,
         "eval": [*ICONS, *DIGITS, "torch-fidelity>=0.4,<0.5"],
         "app": ["gradio>=5.0"],
-        "test": [*TRAIN, "pytest>=8.0", "ruff>=0.12", "torchao>=0.15"],
+        "test": [*TRAIN, "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "torchao>=0.15"],
     },
     classifiers=[
         "Intended Audience :: Developers",

@@ -1,10 +1,13 @@
 """BitDance for Diffusers. Importing the package registers its classes with `diffusers`."""
 
+import sys
+
 import diffusers
 from diffusers import ModelMixin, SchedulerMixin  # noqa: F401 - looked up on this package by Diffusers
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
+from .loaders import port_names
 from .models.autoencoder_bitdance import BitDanceTokenizer
 from .models.transformer_bitdance import BitDanceTransformer
 from .models.transformer_bitdance_class import BitDanceClassTransformer
@@ -41,3 +44,8 @@ for _class in (
 ):
     setattr(diffusers, _class.__name__, _class)
 AUTO_TEXT2IMAGE_PIPELINES_MAPPING["bitdance"] = BitDancePipeline
+
+# A repository of the community's port that is given to `DiffusionPipeline` gets an error that says what to call.
+diffusers.BitDanceDiffusionPipeline = port_names.BitDanceDiffusionPipeline
+LOADABLE_CLASSES.update(dict.fromkeys(port_names.PORT_MODULES, {}))
+sys.modules[port_names.PORT_PIPELINE_MODULE] = port_names

@@ -303,7 +303,7 @@ class Generation:
         while True:
             under_way = [picture for picture in self.pictures if not picture.finished]
             if not under_way:
-                self._prefix = None
+                self._prefix, self._num_pending = None, 0
             elif self._prefix is not None:
                 self._read_prefix()
             self._keep_rows([row for row in self._rows if not row[0].finished])

@@ -18,6 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from ..loaders.original_autoencoder import OriginalAutoencoderMixin
 from .checked_loading import CheckedLoadingMixin
 
 NORM_EPS = 1e-6
@@ -40,7 +41,7 @@ class BitDanceTokenizerOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+class BitDanceTokenizer(CheckedLoadingMixin, OriginalAutoencoderMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     Autoencoder with a binary code (BitDance, arXiv 2602.14041): a convolutional encoder whose output's signs are the
     code, and a convolutional decoder whose group norms at the entrance of every level are modulated by the code's own

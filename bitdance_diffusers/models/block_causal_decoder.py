@@ -179,7 +179,7 @@ def block_causal_mask(
 
 def check_backend_takes_masks(backend: AttentionBackendName | None) -> None:
     """Raises a `ValueError` that names the backend, Diffusers' active one where None, if it takes no mask."""
-    name = (backend or _AttentionBackendRegistry.get_active_backend()[0]).value
+    name = AttentionBackendName(backend or _AttentionBackendRegistry.get_active_backend()[0]).value
     if any(part in name for part in MASKLESS_BACKENDS):
         raise ValueError(
             f"The attention backend {name!r} takes no mask, which a forward without a `kv_cache` (training) needs: "

@@ -37,10 +37,11 @@ class CheckedLoadingMixin:
         is_main_process=True,
         save_function=None,
         safe_serialization=True,
+        *args,
         **kwargs,
     ) -> None:
         check_safe_serialization(safe_serialization)
-        super().save_pretrained(save_directory, is_main_process, save_function, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, save_function, True, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: FrozenDict | dict, return_unused_kwargs: bool = False, **kwargs):

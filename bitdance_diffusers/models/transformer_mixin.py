@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -16,6 +17,7 @@ from diffusers.utils import BaseOutput
 
 from .block_causal_decoder import StaticKVCache
 from .checked_loading import CheckedLoadingMixin, check_safe_serialization
+from .group_offloading import offload_blocks, prefetch_within_stacks
 
 
 @dataclass
@@ -74,10 +76,22 @@ class BitDanceTransformerMixin(CheckedLoadingMixin, PeftAdapterMixin):
 
     @functools.wraps(PeftAdapterMixin.save_lora_adapter)
     def save_lora_adapter(
-        self, save_directory, adapter_name="default", upcast_before_saving=False, safe_serialization=True, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        adapter_name="default",
+        upcast_before_saving=False,
+        safe_serialization=True,
+        *args,
+        **kwargs,
     ) -> None:
         check_safe_serialization(safe_serialization)
-        super().save_lora_adapter(save_directory, adapter_name, upcast_before_saving, **kwargs)
+        super().save_lora_adapter(save_directory, adapter_name, upcast_before_saving, True, *args, **kwargs)
+
+    @functools.wraps(ModelMixin.enable_group_offload)
+    def enable_group_offload(self, *args, block_modules: list[str] | None = None, **kwargs) -> None:
+        block_modules = offload_blocks(self) if block_modules is None else block_modules
+        super().enable_group_offload(*args, block_modules=block_modules, **kwargs)
+        prefetch_within_stacks(self)
 
     def _check_sizes(self, *multiples: tuple[str, str]) -> None:
         """

@@ -85,9 +85,9 @@ class PatchwisePipelineMixin:
     _interrupt = _state_property("interrupt")
 
     @functools.wraps(DiffusionPipeline.save_pretrained)
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization=True, *args, **kwargs) -> None:
         check_safe_serialization(safe_serialization)  # before a component is written
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, True, *args, **kwargs)
 
     def enable_vae_slicing(self) -> None:
         """Decode the pictures of a batch one by one: `pipe.vae.enable_slicing()`."""

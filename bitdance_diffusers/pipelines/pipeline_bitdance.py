@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..generation import Generation, Prefix, SamplingSettings
 from ..image_sizes import check_size
 from ..loaders.lora import BitDanceLoraLoaderMixin
+from ..loaders.original_text_to_image import OriginalTextToImageMixin
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance import BitDanceTransformer
 from ..patch_order import patch_positions
@@ -25,7 +26,7 @@ from .pipeline_output import BitDancePipelineOutput
 logger = logging.get_logger(__name__)
 
 
-class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin):
+class BitDancePipeline(OriginalTextToImageMixin, PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin):
     """
     Text-to-image generation with BitDance (arXiv 2602.14041): a transformer reads the prompt and the picture so far, a
     binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a

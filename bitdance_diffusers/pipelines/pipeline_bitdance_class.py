@@ -10,6 +10,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..generation import Generation, Prefix, SamplingSettings
 from ..loaders.lora import BitDanceLoraLoaderMixin
+from ..loaders.original_class_to_image import OriginalClassToImageMixin
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance_class import BitDanceClassTransformer
 from ..patch_order import patch_positions
@@ -26,7 +27,9 @@ def check_guidance_schedule(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(map(repr, GUIDANCE_SCHEDULES))}.")
 
 
-class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin):
+class BitDanceClassPipeline(
+    OriginalClassToImageMixin, PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin
+):
     """
     Class-conditional generation with BitDance (arXiv 2602.14041, the ImageNet models): as [`BitDancePipeline`], with a
     class in place of a text. Pictures have the one size that the transformer was trained for.

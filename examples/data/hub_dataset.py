@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+from PIL import Image
 from torch.utils.data import Dataset
 
 from data.images import MAX_ROWS_CHECKED_FIRST, to_rgb
@@ -61,27 +62,37 @@ class HubDataset(Dataset):
             if not set(self.rows.unique(target_column)) <= set(classes):
                 row = next(i for i, label in enumerate(self.rows[target_column]) if label not in classes)
                 raise ValueError(f"Row {row} of {name} has no class in its column {target_column!r}.")
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(self._check_row, range(min(len(self), MAX_ROWS_CHECKED_FIRST))):
-                pass
+        first = range(min(len(self), MAX_ROWS_CHECKED_FIRST))
+        with ThreadPoolExecutor() as pool:  # pictures alone: a tokenizer is for one thread
+            for index, found in enumerate(pool.map(lambda index: self._read(index)[target], first)):
+                self._check_target(index, found)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self._read(index)
+        self._check_target(index, item[self.target])
+        return item
+
+    def _read(self, index: int) -> dict[str, Any]:
         try:
             row = self.rows[index]
             if row[self.image_column] is None:
                 raise ValueError(f"{self.image_column!r} is null.")
             image = to_rgb(row[self.image_column], self.background)
-            target = "" if self.target_column is None else row[self.target_column]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise self._bad_row(index, error) from error
+        return {"image": image, self.target: "" if self.target_column is None else row[self.target_column]}
+
+    def _check_target(self, index: int, target: str | int | None) -> None:
+        try:
             if target is None:
                 raise ValueError(f"{self.target_column!r} is null.")
             if self.target == "text" and self.check_caption is not None:
                 self.check_caption(target)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"Row {index} of {self.name} cannot be used: {error}") from error
-        return {"image": image, self.target: target}
+        except ValueError as error:
+            raise self._bad_row(index, error) from error
 
-    def _check_row(self, index: int) -> None:
-        self[index]
+    def _bad_row(self, index: int, error: Exception) -> ValueError:
+        return ValueError(f"Row {index} of {self.name} cannot be used: {error}")

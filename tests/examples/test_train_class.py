@@ -1,7 +1,4 @@
 import json
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,11 +11,10 @@ from bitdance_diffusers import BitDanceClassPipeline, BitDanceClassTransformer
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws, class_to_image_loss
 from tests.examples.training_runs import (
-    ENVIRONMENT,
     assert_equal_checkpoints,
     assert_equal_states,
-    killed_in_a_checkpoint,
-    recorded,
+    kill_in_a_checkpoint,
+    record,
     reset_accelerator,
 )
 
@@ -103,10 +99,7 @@ def weights(folder):
 )
 def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options):
     unbroken = train("unbroken", **options)
-    command = [sys.executable, "-c", killed_in_a_checkpoint("train_class"), *arguments("killed", **options)]
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_in_a_checkpoint(train_class, arguments("killed", **options))
     folder = workplace / "killed"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")}
@@ -119,20 +112,11 @@ def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options
 
 
 def test_two_processes_equal_one(workplace, arguments):
-    def record(name, batch_size, num_processes):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}",
-            workplace / "recorded.py", workplace / name,
-            *arguments(f"out-{name}", train_batch_size=batch_size, max_train_steps=20, checkpointing_steps=100,
-                       learning_rate=1e-4),
-        ]  # fmt: skip
-        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return torch.load(f"{workplace / name}-0", weights_only=True)
-
-    (workplace / "recorded.py").write_text(recorded("train_class"), encoding="utf-8")
-    one, two = record("one", 8, 1), record("two", 4, 2)
+    options = {"max_train_steps": 20, "checkpointing_steps": 100, "learning_rate": 1e-4}
+    one, two = (
+        record(train_class, arguments(f"out-{n}", train_batch_size=8 // n, **options), n, workplace / f"recorded-{n}")
+        for n in (1, 2)
+    )
     assert any(gradient.abs().max() > 0 for gradient in one["gradients"])
     for a, b in zip(one["gradients"], two["gradients"], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)

@@ -1,7 +1,4 @@
 import json
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,11 +12,10 @@ from bitdance_diffusers.prompt import picture_start_ids
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws, text_to_image_loss
 from tests.examples.training_runs import (
-    ENVIRONMENT,
     assert_equal_checkpoints,
     assert_equal_states,
-    killed_in_a_checkpoint,
-    recorded,
+    kill_in_a_checkpoint,
+    record,
     reset_accelerator,
     to_flags,
     write_pictures,
@@ -92,10 +88,7 @@ def weights(folder):
 )
 def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options):
     unbroken = train("unbroken", **options)
-    command = [sys.executable, "-c", killed_in_a_checkpoint("train_t2i"), *arguments("killed", **options)]
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_in_a_checkpoint(train_t2i, arguments("killed", **options))
     folder = workplace / "killed"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")}
@@ -169,20 +162,17 @@ def test_icons_are_drawn_by_weight(train, scratch, workplace):
 
 
 def test_two_processes_equal_one(workplace, arguments):
-    def record(name, batch_size, num_processes):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}",
-            workplace / "recorded.py", workplace / name,
-            *arguments(f"out-{name}", train_batch_size=batch_size, max_train_steps=20, diff_batch_mul=2,
-                       checkpointing_steps=100, lr_scheduler="constant", learning_rate=1e-4),
-        ]  # fmt: skip
-        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return torch.load(f"{workplace / name}-0", weights_only=True)
-
-    (workplace / "recorded.py").write_text(recorded("train_t2i"), encoding="utf-8")
-    one, two = record("one", 8, 1), record("two", 4, 2)
+    options = {
+        "max_train_steps": 20,
+        "checkpointing_steps": 100,
+        "diff_batch_mul": 2,
+        "lr_scheduler": "constant",
+        "learning_rate": 1e-4,
+    }
+    one, two = (
+        record(train_t2i, arguments(f"out-{n}", train_batch_size=8 // n, **options), n, workplace / f"recorded-{n}")
+        for n in (1, 2)
+    )
     for a, b in zip(one["gradients"], two["gradients"], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
     assert len(one["losses"]) == 20
@@ -194,6 +184,21 @@ def test_bf16_mixed_precision(train):
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in mixed.values())
     assert not torch.equal(mixed["norm_out.weight"], exact["norm_out.weight"])
     torch.testing.assert_close(mixed["norm_out.weight"], exact["norm_out.weight"], atol=2e-2, rtol=0)
+
+
+def test_compiled_blocks_train_and_save_the_same(train, monkeypatch):
+    graphs = []
+    compile_blocks = BitDanceTransformer.compile_repeated_blocks
+
+    def compile_and_count(self, **options):
+        compile_blocks(self, **options, backend=lambda graph, inputs: graphs.append(graph) or graph)
+
+    monkeypatch.setattr(BitDanceTransformer, "compile_repeated_blocks", compile_and_count)
+    plain = weights(train("plain", use_ema=True))
+    assert not graphs
+    compiled = weights(train("compiled", use_ema=True, compile=True))
+    assert graphs
+    assert_equal_states(plain, compiled)
 
 
 def test_text_loss_trains_the_output_layer(train, scratch):
@@ -217,6 +222,7 @@ def test_a_loss_that_is_not_finite_reaches_no_checkpoint(train, workplace):
     with pytest.raises(FloatingPointError):
         train("out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20, max_skipped_steps=5)
     assert not (workplace / "out" / "model_index.json").exists()
+    assert list((workplace / "out").glob("checkpoint-*"))
     for file in (workplace / "out").glob("checkpoint-*/model.safetensors"):
         assert all(value.isfinite().all() for value in load_file(file).values())
 

@@ -1,7 +1,4 @@
 import json
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,10 +10,9 @@ import train_tokenizer
 from bitdance_diffusers import BitDanceTokenizer
 from data.crops import to_pixel_values
 from tests.examples.training_runs import (
-    ENVIRONMENT,
     assert_equal_checkpoints,
     assert_equal_states,
-    killed_in_a_checkpoint,
+    kill_in_a_checkpoint,
     reset_accelerator,
 )
 
@@ -85,15 +81,7 @@ def train(workplace, output, **more):
 )
 def test_killed_and_resumed_equals_unbroken(workplace, options):
     unbroken = train(workplace, "unbroken", **options)
-    command = [
-        sys.executable,
-        "-c",
-        killed_in_a_checkpoint("train_tokenizer"),
-        *arguments(workplace, "killed", **options),
-    ]
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_in_a_checkpoint(train_tokenizer, arguments(workplace, "killed", **options))
     folder = workplace / "killed"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")}

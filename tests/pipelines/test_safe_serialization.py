@@ -17,6 +17,9 @@ def test_of_a_pipeline_and_its_models(t2i_pipeline, class_pipeline, tmp_path):
     with pytest.raises(ValueError, match=MESSAGE):
         pipeline.vae.save_pretrained(tmp_path / "saved", True, None, False)
     assert not (tmp_path / "saved").exists()
+    pipeline.save_pretrained(tmp_path / "saved", True, "fp32")  # the other arguments are Diffusers'
+    assert (tmp_path / "saved" / "vae" / "diffusion_pytorch_model.fp32.safetensors").exists()
+    pipeline.vae.save_pretrained(tmp_path / "saved", True, None, True, "fp32")
 
 
 def test_of_lora_layers(t2i_pipeline, tmp_path):
