@@ -19,7 +19,12 @@ from bitdance_diffusers import BitDancePipeline
 from training.arguments import parse_arguments
 from training.checkpoints import find_checkpoint
 from training.lora import add_adapter, add_lora_arguments, check_lora_arguments, load_base
-from training.transformer_run import add_transformer_arguments, check_transformer_arguments, create_accelerator
+from training.transformer_run import (
+    add_transformer_arguments,
+    check_transformer_arguments,
+    create_accelerator,
+    register_defaults,
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +49,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = create_accelerator(args)
     pipeline = load_base(args, accelerator, BitDancePipeline)
     train_t2i.check_pipeline(args, pipeline)
+    register_defaults(pipeline, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
     add_adapter(args, pipeline.transformer)
     train_t2i.train("train_t2i_lora", args, accelerator, pipeline, checkpoint)
 

@@ -123,6 +123,8 @@ def quantization_config(args: argparse.Namespace) -> TorchAoConfig | BitsAndByte
         return None
     try:
         return BitsAndBytesConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except ImportError as error:
+        raise ValueError("--bnb_quantization_config_path needs bitsandbytes: pip install bitsandbytes") from error
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--bnb_quantization_config_path {path} cannot be read: {error}") from error
 

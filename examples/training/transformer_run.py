@@ -82,8 +82,8 @@ def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
     validation = parser.add_argument_group("validation")
     validation.add_argument("--validation_epochs", type=int, help="every so many epochs, not by --validation_steps")
     validation.add_argument("--num_validation_images", type=int, default=4, help="for each prompt or label")
-    validation.add_argument("--num_inference_steps", type=int, help="also the saved pipeline's default")
-    validation.add_argument("--guidance_scale", type=float, help="also the saved pipeline's default")
+    validation.add_argument("--num_inference_steps", type=int, help="of validation; also a saved pipeline's default")
+    validation.add_argument("--guidance_scale", type=float, help="of validation; also a saved pipeline's default")
 
 
 def add_from_scratch_arguments(parser: argparse.ArgumentParser) -> None:
