@@ -3,8 +3,8 @@
     python benchmarks/lora_memory.py
     python benchmarks/lora_memory.py --ranks 16 64 --resolutions 512 --batch_size 4 --use_8bit_adam
 
-The run is that of examples/train_t2i_lora.py with --gradient_checkpointing and --cache_codes, bfloat16 weights or what
-they are quantized to, and LoRA in the decoder's linear layers (the default). The head is not quantized. What it takes is
+The run is that of examples/train_t2i_lora.py with --gradient_checkpointing and --cache_codes, weights in bfloat16 or
+quantized but for the head, and LoRA in the decoder's linear layers (the default). What it takes is
 
     the frozen weights;
     the adapter in float32: weights, gradients and AdamW's two states;
@@ -74,7 +74,7 @@ def activation_bytes(config: Mapping[str, Any], batch: int, text_tokens: int, si
     tokens = batch * (text_tokens + side**2)  # the first block stands for the last patch, which is not fed back
     inputs = 2 * config["num_layers"] * tokens * width
 
-    # A decoder layer. LoRA multiplies in float32: of each layer's input a copy is held, and of its output two for a time
+    # A decoder layer. LoRA multiplies in float32: a copy of each linear layer's input is held, and of its output
     in_float32 = 9 * width + 2 * inner + query + key
     in_bfloat16 = 4 * width + 3 * inner + 4 * query
     length = tokens // batch

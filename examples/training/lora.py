@@ -165,10 +165,13 @@ def save_adapter(folder: Path, transformer: nn.Module) -> None:
     """Write the adapter's file into `folder`, whole or not at all."""
     partial = folder / ".lora.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    # No dropout: Diffusers' loaders add layers in training mode, and a pipeline would drop while it draws
+    metadata = _collate_lora_metadata({"transformer": transformer})
+    metadata["transformer_lora_adapter_metadata"]["lora_dropout"] = 0.0
     BitDanceLoraLoaderMixin.save_lora_weights(
         partial,
         transformer_lora_layers=get_peft_model_state_dict(transformer),
-        **_collate_lora_metadata({"transformer": transformer}),
+        **metadata,
     )
     (partial / LORA_WEIGHTS).replace(folder / LORA_WEIGHTS)
     partial.rmdir()
