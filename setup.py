@@ -37,9 +37,9 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "eval": [*ICONS, *DIGITS, "torch-fidelity>=0.4,<0.5"],
+        "eval": [*ICONS, *DIGITS, "torch-fidelity>=0.4,<0.5", "torchmetrics>=1.4"],
         "app": ["gradio>=5.0"],
-        "test": [*TRAIN, "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "torchao>=0.15"],
+        "test": [*TRAIN, "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "torchao>=0.15", "torchmetrics>=1.4"],
     },
     classifiers=[
         "Intended Audience :: Developers",

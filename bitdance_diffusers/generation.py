@@ -40,6 +40,13 @@ def split_timesteps(timesteps: torch.Tensor, num_tokens: int) -> tuple[torch.Ten
     return timesteps.tensor_split(max(1, len(timesteps) // max(1, MODULATED_TOKENS // num_tokens)))
 
 
+def spawn_generators(generator: torch.Generator, number: int) -> list[torch.Generator]:
+    """`generator` itself, and as many new ones as make `number`, where it draws; their seeds are draws from it."""
+    device = generator.device
+    seeds = torch.randint(2**31, (number - 1,), generator=generator, device=device).tolist()
+    return [generator, *(torch.Generator(device).manual_seed(seed) for seed in seeds)]
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
     """
@@ -53,6 +60,7 @@ class SamplingSettings:
             `1 + (s - 1) i / M`.
         guidance_interval (pair of `float`, *optional*): times between which the prediction is guided; None: all.
         early_stop_threshold (`float`, *optional*): see [`denoise_patch`].
+        first_step (`int`): steps that are left out of every patch, which then starts from the picture's source.
     """
 
     num_inference_steps: int
@@ -60,6 +68,7 @@ class SamplingSettings:
     guidance_schedule: Literal["constant", "linear"] = "constant"
     guidance_interval: tuple[float, float] | None = None
     early_stop_threshold: float | None = None
+    first_step: int = 0
 
     def guidance_of_patch(self, index: int, num_patches: int) -> float:
         if self.guidance_schedule == "linear":
@@ -101,7 +110,9 @@ class Picture:
         settings: how it is drawn.
         guided: whether it has an unconditional row.
         generator: its own generator, where every picture has one.
+        source (M, P, C): float32, -1 and +1, what its patches start from where steps are left out.
         index: patches that are done.
+        num_restored: so many of its first patches were drawn by the run that this one goes on from.
         unconditional_first_patch (P, C): where the unconditional sequence goes on from another first patch than the
             picture's, see [`Generation.advance`].
     """
@@ -114,7 +125,9 @@ class Picture:
     settings: SamplingSettings
     guided: bool
     generator: torch.Generator | None
+    source: torch.Tensor | None = None
     index: int = 0
+    num_restored: int = 0
     unconditional_first_patch: torch.Tensor | None = None
 
     @property
@@ -131,8 +144,10 @@ class Picture:
         return patches_to_grid(self.patches[None], *self.size)[0]
 
     def num_given_ahead(self) -> int:
-        """How many patches, from the next one on, are given whole."""
+        """How many patches, from the next one on, are given whole. One that was drawn before stands alone, as then."""
         whole, ahead = self.patches.shape[1], self.num_given[self.index :]
+        if self.index < self.num_restored and ahead[0] < whole:
+            return 1
         return next((i for i, given in enumerate(ahead) if given < whole), len(ahead))
 
     def read_patches(self, first: int, last: int, unconditional: bool) -> torch.Tensor:
@@ -187,6 +202,8 @@ class Generation:
         generator: one for the batch as a whole (a draw covers the pictures that draw at that patch), or a list, one
             for each picture.
         attention_kwargs: `scale` for LoRA layers.
+        source (B, C, h, w): -1 and +1, what patches start from where the settings leave out steps: its bits, noised to
+            the time of the first step that is left.
     """
 
     def __init__(
@@ -201,20 +218,23 @@ class Generation:
         settings: SamplingSettings,
         generator: torch.Generator | list[torch.Generator] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        source: torch.Tensor | None = None,
     ):
         self.transformer = transformer
         self.attention_kwargs = attention_kwargs
         self.device = positions.device
-        self._prefix: Prefix | None = prefix  # until it is read
+        self.prefix: Prefix | None = prefix  # until it is read
         self._dtype = prefix.dtype
-        self._condition_argument = condition_argument
-        self._scheduler = scheduler
+        self.condition_argument = condition_argument
+        self.scheduler = scheduler
         self._prepared_schedulers: dict[tuple, tuple[BinaryDiffusionScheduler, list[bool] | None]] = {}
         self._own_generators = isinstance(generator, list)
         self._batch_generator = None if self._own_generators else generator
 
         patches = grid_to_patches(code.to(torch.float32), transformer.config.patch_size)  # (B, M, P, C)
         num_given = (patches != 0).all(dim=-1).sum(dim=-1).tolist()  # B lists of M
+        if source is not None:
+            source = grid_to_patches(source.to(self.device, torch.float32), transformer.config.patch_size)
         self.pictures = [
             Picture(
                 patches=one.clone(),
@@ -225,6 +245,7 @@ class Generation:
                 settings=settings,
                 guided=prefix.unconditional is not None,
                 generator=generator[i] if self._own_generators else None,
+                source=None if source is None else source[i],
             )
             for i, one in enumerate(patches.to(self.device))
         ]
@@ -242,6 +263,19 @@ class Generation:
     def code(self) -> torch.Tensor:
         """The code so far (B, C, h, w) of pictures of one size: -1 and +1, 0 in tokens that are not known yet."""
         return torch.stack([picture.code for picture in self.pictures])
+
+    @property
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """What the pictures draw from: one for the batch as a whole, or a list, one for each."""
+        return [picture.generator for picture in self.pictures] if self._own_generators else self._batch_generator
+
+    @property
+    def condition(self) -> torch.Tensor:
+        """
+        What the head is told of the next patch of every picture, (B, P, D), after [`~.prepare`] and while none is
+        finished: that of the conditional rows.
+        """
+        return self._condition[: len(self.pictures)]
 
     def replace_code(self, code: torch.Tensor) -> None:
         """Go on from another code (B, C, h, w). Which patches are drawn does not change."""
@@ -303,8 +337,8 @@ class Generation:
         while True:
             under_way = [picture for picture in self.pictures if not picture.finished]
             if not under_way:
-                self._prefix, self._num_pending = None, 0
-            elif self._prefix is not None:
+                self.prefix, self._num_pending = None, 0
+            elif self.prefix is not None:
                 self._read_prefix()
             self._keep_rows([row for row in self._rows if not row[0].finished])
             if not under_way:
@@ -319,7 +353,7 @@ class Generation:
 
     def _read_prefix(self) -> None:
         """Read every text or class once; the last block of its tokens predicts the first patch of its pictures."""
-        prefix, self._prefix = self._prefix, None
+        prefix, self.prefix = self.prefix, None
         self._rows = [(picture, False) for picture in self.pictures]
         row_of_prefix = list(prefix.conditional)
         if prefix.unconditional is not None:
@@ -329,7 +363,7 @@ class Generation:
         kv_cache.extend(max(prefix.row_lengths))
         condition = self.transformer(
             **prefix.inputs,
-            **{self._condition_argument: self.pictures[0].condition_places[:1]},
+            **{self.condition_argument: self.pictures[0].condition_places[:1]},
             kv_cache=kv_cache,
             attention_kwargs=self.attention_kwargs,
         ).condition
@@ -349,7 +383,7 @@ class Generation:
             condition = self.transformer(
                 code=code.to(self._dtype),
                 code_positions=positions,
-                **{self._condition_argument: next_places},
+                **{self.condition_argument: next_places},
                 kv_cache=self._kv_cache,
                 attention_kwargs=self.attention_kwargs,
             ).condition
@@ -371,10 +405,12 @@ class Generation:
         draw = draw_halves_noise if separate else draw_patch_noise
         noise = draw(settings.num_inference_steps, shape, generator, self.device)
 
-        known_code = None
+        repeats = len(halves) if separate else 1
+        known_code = source_code = None
         if any(picture.num_given[picture.index] for picture in pictures):
-            known_code = torch.stack([picture.patches[picture.index] for picture in pictures])
-            known_code = known_code.repeat(len(halves) if separate else 1, 1, 1)
+            known_code = torch.stack([picture.patches[picture.index] for picture in pictures]).repeat(repeats, 1, 1)
+        if settings.first_step:
+            source_code = torch.stack([picture.source[picture.index] for picture in pictures]).repeat(repeats, 1, 1)
 
         def predict(noisy_code: torch.Tensor, modulations: tuple[torch.Tensor, ...]) -> torch.Tensor:
             return self.transformer(
@@ -385,7 +421,8 @@ class Generation:
             )[0]
 
         def form_modulations() -> Iterator[tuple[torch.Tensor, ...]]:
-            for timesteps in split_timesteps(scheduler.timesteps, condition.shape[0] * condition.shape[1]):
+            timesteps_left = scheduler.timesteps[settings.first_step :]
+            for timesteps in split_timesteps(timesteps_left, condition.shape[0] * condition.shape[1]):
                 torch._dynamo.maybe_mark_dynamic(timesteps, 0)
                 chunks = self.transformer(
                     condition=condition,
@@ -407,6 +444,8 @@ class Generation:
             guided_evaluations,
             settings.early_stop_threshold,
             known_code,
+            source_code,
+            settings.first_step,
         )
         bits = torch.where(prediction > 0, 1.0, -1.0)
         for i, picture in enumerate(pictures):
@@ -418,7 +457,7 @@ class Generation:
         """A scheduler that holds the settings' times, and which of their evaluations are guided, None being all."""
         key = settings.num_inference_steps, settings.guidance_interval
         if key not in self._prepared_schedulers:
-            scheduler, guided_evaluations = copy.copy(self._scheduler), None
+            scheduler, guided_evaluations = copy.copy(self.scheduler), None
             scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
             if settings.guidance_interval is not None:
                 low, high = settings.guidance_interval
@@ -459,7 +498,7 @@ class Generation:
         for name in ("transformer", "attention_kwargs"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(f"Generations of different `{name}` cannot join.")
-        if self._scheduler.config != other._scheduler.config:
+        if self.scheduler.config != other.scheduler.config:
             raise ValueError("Generations of schedulers of different configs cannot join.")
         if not self._own_generators or not other._own_generators:
             raise ValueError("Generations can join where `generator` is a list, one for each picture.")
@@ -498,6 +537,50 @@ class Generation:
             generation._keep_rows([row for row in rows if row[0] in generation.pictures])
         return taken
 
+    def separate_generators(self) -> None:
+        """Give every picture a generator of its own, where one draws for the whole batch: seeded by draws from it."""
+        if not self._own_generators:
+            new_ones = spawn_generators(self._batch_generator or torch.default_generator, len(self.pictures) + 1)[1:]
+            for picture, generator in zip(self.pictures, new_ones, strict=True):
+                picture.generator = generator
+            self._own_generators, self._batch_generator = True, None
+
+    def fork(self, indices: list[int]) -> None:
+        """
+        Go on with copies: picture i goes on from where picture `indices[i]` stands. Pictures may be repeated or left
+        out. The first copy of a picture keeps its generator, the others get new ones, see [`spawn_generators`].
+        Nothing that was read is read again.
+
+        Raises:
+            ValueError: there is one generator for the batch as a whole, or an index that is out of range.
+        """
+        if not self._own_generators:
+            raise ValueError("A generation can be forked where `generator` is a list, one for each picture.")
+        if not indices or any(index not in range(len(self.pictures)) for index in indices):
+            raise ValueError(f"`indices` is {indices}; it has to hold numbers below {len(self.pictures)}.")
+        if self.prefix is not None:
+            self.prepare()
+        parents = [self.pictures[index] for index in indices]
+        self._keep_rows([row for row in self._rows if row[0] in parents])
+        self.pictures = list(dict.fromkeys(parents))
+        self.prepare()  # what is not read yet is read once, for all copies
+        generators = {one: spawn_generators(one.generator, parents.count(one)) for one in self.pictures}
+        self.pictures = [
+            dataclasses.replace(parent, patches=parent.patches.clone(), generator=generators[parent].pop(0))
+            for parent in parents
+        ]
+        place_of_row = {row: place for place, row in enumerate(self._rows)}
+        places = []
+        self._rows = []
+        for half in (False, True):
+            for copied, parent in zip(self.pictures, parents, strict=True):
+                if (parent, half) in place_of_row:  # a finished picture has no rows
+                    self._rows.append((copied, half))
+                    places.append(place_of_row[parent, half])
+        if places:
+            self._kv_cache = self._gather_cache([(self._kv_cache, place) for place in places])
+            self._condition = self._condition[places]
+
     def state_dict(self) -> dict[str, Any]:
         """
         What it takes to go on elsewhere: for each picture its code, the patch it stands at, its settings and the state
@@ -510,8 +593,9 @@ class Generation:
                 "patches": picture.patches.to("cpu", torch.int8),
                 "size": list(picture.size),
                 "num_given": list(picture.num_given),
-                "index": picture.index,
+                "index": max(picture.index, picture.num_restored),
                 "settings": dataclasses.asdict(picture.settings),
+                "source": None if picture.source is None else picture.source.to("cpu", torch.int8),
                 "unconditional_first_patch": (
                     None
                     if picture.unconditional_first_patch is None
@@ -527,13 +611,13 @@ class Generation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Go on from where another generation of the same pictures stood. This one, made anew with the same texts or
-        classes, sizes and kinds of generators, has not drawn yet. In float32 the bits are those of the unbroken run up
-        to rounding: the cache is built in fewer, larger passes.
+        classes, sizes and kinds of generators, has not drawn yet. The bits are those of the unbroken run: what was
+        drawn is read as that run read it, patch by patch.
 
         Raises:
             ValueError: this generation has begun, or the state is of other pictures or generators.
         """
-        if self._prefix is None:
+        if self.prefix is None:
             raise ValueError("`load_state_dict` has to be called before the first patch is drawn.")
         if len(state["pictures"]) != len(self.pictures):
             raise ValueError(f"`state` holds {len(state['pictures'])} pictures; it has to hold {len(self.pictures)}.")
@@ -548,13 +632,13 @@ class Generation:
             self._batch_generator.set_state(state["generator"])
         for picture, saved in zip(self.pictures, state["pictures"], strict=True):
             picture.patches = saved["patches"].to(picture.patches)
-            # What was drawn is given now.
-            whole = picture.patches.shape[1]
-            picture.num_given = [whole] * saved["index"] + list(saved["num_given"][saved["index"] :])
+            picture.num_given, picture.num_restored = list(saved["num_given"]), saved["index"]
             interval = saved["settings"]["guidance_interval"]
             picture.settings = SamplingSettings(
                 **saved["settings"] | {"guidance_interval": None if interval is None else tuple(interval)}
             )
+            if saved["source"] is not None:
+                picture.source = saved["source"].to(picture.patches)
             if saved["unconditional_first_patch"] is not None:
                 picture.unconditional_first_patch = saved["unconditional_first_patch"].to(picture.patches)
             if picture.generator is not None:

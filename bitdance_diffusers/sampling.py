@@ -63,6 +63,8 @@ def denoise_patch(
     guided_evaluations: Sequence[bool] | None = None,
     early_stop_threshold: float | None = None,
     known_code: torch.Tensor | None = None,
+    source_code: torch.Tensor | None = None,
+    first_step: int = 0,
 ) -> torch.Tensor:
     """
     Denoise one patch of every picture.
@@ -71,8 +73,8 @@ def denoise_patch(
         predict: `(noisy bits (R, P, C), modulations) -> predicted clean bits (R, P, C)`; R is B, or 2 B with guidance:
             the conditional rows first. Both halves get the same noisy bits. A later call may overwrite what an earlier
             one returned, as CUDA graphs do.
-        modulations (n + 1 of them): what the head makes of the condition and the time of each evaluation, for R rows.
-            No item is held any more when the next is asked for.
+        modulations (n + 1 - `first_step` of them): what the head makes of the condition and the time of each
+            evaluation, for R rows. No item is held any more when the next is asked for.
         noise (n + 1, B, P, C): what [`draw_patch_noise`] drew. It is overwritten.
         scheduler: prepared for n steps.
         guidance_scale: weight of the conditional prediction; None where only conditional rows run. Guiding predictions
@@ -85,6 +87,9 @@ def denoise_patch(
             bits are taken from does not depend on its neighbours. None takes the last of all.
         known_code (B, P, C): -1 and +1 in tokens whose bits are given, 0 in those to draw. At every evaluation the
             given ones stand at their noised true value `(1 - t) noise + t x`, with the patch's first noise.
+        source_code (B, P, C): -1 and +1, the bits that the patch starts from: those, noised with the patch's first
+            noise to the time of step `first_step`. None starts from the noise alone.
+        first_step: how many steps are left out, below n. Their noise is not used.
 
     Returns:
         (B, P, C) float32: the (guided) prediction whose signs are the bits; known tokens are as they were given.
@@ -99,10 +104,12 @@ def denoise_patch(
     # operator less in a loop that is bound by launching them. The first is copied, so that all have the same strides.
     half_noises = noise[:, None].expand(-1, num_halves, -1, -1, -1).unbind()
     sample = half_noises[0].contiguous()  # (1 or 2, B, P, C)
+    if source_code is not None:
+        sample = scheduler.add_noise(source_code, sample, scheduler.timesteps[first_step])
     result = noise[0]
     previous = None
     settled = torch.zeros(batch_size, 1, 1, dtype=torch.bool, device=noise.device)
-    for i in range(len(half_noises)):
+    for i in range(first_step, len(half_noises)):
         modulation = next(modulations)  # `enumerate` would hold the last one
         if known is not None:
             noised = scheduler.add_noise(known_code, noise[0], scheduler.timesteps[i])
@@ -124,6 +131,8 @@ def denoise_patch(
         if i < len(coefficients):
             if early_stop_threshold is not None and (i + 1) % EARLY_STOP_INTERVAL == 0 and bool(settled.all()):
                 break
+            if uses_previous_prediction and i == first_step > 0:
+                previous = prediction  # there is none before it: the step is of first order
             sample = update_sample(sample, prediction, previous, half_noises[i + 1], coefficients[i])
             if uses_previous_prediction:
                 previous = prediction

@@ -142,10 +142,10 @@ def test_known_tokens_inside_a_patch_stay(pipeline_and_call):
     partly = generation_module.Generation(
         pipeline.transformer,
         pipeline.scheduler,
-        generation._prefix,
+        generation.prefix,
         given,
         generation.pictures[0].positions,
-        generation._condition_argument,
+        generation.condition_argument,
         generation.pictures[0].condition_places,
         generation.pictures[0].settings,
         seeded(0, 1),

@@ -3,6 +3,8 @@
 Shapes: B images, H x W pixels, C bits per token, h x w tokens with H = h * spatial_compression_ratio.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -229,24 +231,7 @@ class BitDanceTokenizer(CheckedLoadingMixin, OriginalAutoencoderMixin, ModelMixi
         Raises:
             ValueError: if `code` has another shape or the list of generators another length than the batch.
         """
-        self._check_code(code)
-        if code.shape[2] * code.shape[3] < 2:
-            raise ValueError(
-                "`code` has to have at least two tokens, because its variance over the tokens is needed, but is of "
-                f"shape {tuple(code.shape)}."
-            )
-        if isinstance(generator, list) and len(generator) != code.shape[0]:
-            raise ValueError(
-                f"`generator` has to be one generator or a list of one per image: {len(generator)} generators were "
-                f"passed for {code.shape[0]} images."
-            )
-        code = code.to(self.dtype)
-        mean, std = _code_statistics(code)
-        if self.config.stochastic_decoder:
-            # Drawn at once for the whole batch, so that slices and tiles see what the whole would see.
-            noise = randn_tensor(code.shape, generator=generator, device=code.device, dtype=torch.float32)
-            code = torch.cat([code, noise.to(code.dtype)], dim=1)
-
+        code, mean, std = self._prepare_code(code, generator)
         if self.use_slicing and code.shape[0] > 1:
             slices = zip(code.split(1), mean.split(1), std.split(1), strict=True)
             sample = torch.cat([self._decode(*one) for one in slices])
@@ -256,6 +241,42 @@ class BitDanceTokenizer(CheckedLoadingMixin, OriginalAutoencoderMixin, ModelMixi
         if not return_dict:
             return (sample,)
         return DecoderOutput(sample=sample)
+
+    @apply_forward_hook
+    def decode_region(
+        self,
+        code: torch.Tensor,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        margin: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Decode a part of a code: its tokens of the rows and columns from the first number to before the second.
+
+        The part is decoded with `margin` tokens around it, where there are as many, and cut out. That is an
+        approximation of the same part of the whole picture: the adaptive norms take the statistics of the whole code,
+        but every group norm normalises by what it sees.
+
+        Args:
+            code (`torch.Tensor` of shape `(B, C, h, w)`): as [`~.decode`] takes it.
+            rows, columns: in tokens.
+            generator: as [`~.decode`] takes it; noise is drawn for the whole code.
+
+        Returns:
+            `torch.Tensor`: `(B, out_channels, H, W)` of the part.
+
+        Raises:
+            ValueError: if `code` has another shape.
+        """
+        code, mean, std = self._prepare_code(code, generator)
+        (top, bottom), (left, right) = rows, columns
+        first_row, first_column = max(0, top - margin), max(0, left - margin)
+        part = code[:, :, first_row : bottom + margin, first_column : right + margin]
+        sample = self._decode(part, mean, std)
+        ratio = self.spatial_compression_ratio
+        kept_rows = slice((top - first_row) * ratio, (bottom - first_row) * ratio)
+        return sample[:, :, kept_rows, (left - first_column) * ratio : (right - first_column) * ratio]
 
     def forward(
         self,
@@ -313,6 +334,18 @@ class BitDanceTokenizer(CheckedLoadingMixin, OriginalAutoencoderMixin, ModelMixi
         bits = bits.flatten(-2)[..., :channels].permute(0, 3, 1, 2)
         return bits.to(self.dtype) * 2 - 1
 
+    def fingerprint(self) -> str:
+        """
+        SHA-256 of weights and config, 64 hexadecimal digits: what a code has to be decoded with. The weights are
+        rounded to bfloat16 first, so that a float32 and a bfloat16 copy have the same.
+        """
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+        return digest.hexdigest()
+
     def _check_images(self, images: torch.Tensor) -> None:
         ratio = self.spatial_compression_ratio
         channels = self.config.in_channels
@@ -328,6 +361,29 @@ class BitDanceTokenizer(CheckedLoadingMixin, OriginalAutoencoderMixin, ModelMixi
         shape = tuple(code.shape)
         if len(shape) != 4 or shape[1] != channels or min(shape) < 1:
             raise ValueError(f"`code` has to be of shape (B, {channels}, h, w) but is of shape {shape}.")
+
+    def _prepare_code(
+        self, code: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the decoder takes: the checked code, beside it a stochastic decoder's noise; its mean and deviation."""
+        self._check_code(code)
+        if code.shape[2] * code.shape[3] < 2:
+            raise ValueError(
+                "`code` has to have at least two tokens, because its variance over the tokens is needed, but is of "
+                f"shape {tuple(code.shape)}."
+            )
+        if isinstance(generator, list) and len(generator) != code.shape[0]:
+            raise ValueError(
+                f"`generator` has to be one generator or a list of one per image: {len(generator)} generators were "
+                f"passed for {code.shape[0]} images."
+            )
+        code = code.to(self.dtype)
+        mean, std = _code_statistics(code)
+        if self.config.stochastic_decoder:
+            # Drawn at once for the whole batch, so that slices and tiles see what the whole would see.
+            noise = randn_tensor(code.shape, generator=generator, device=code.device, dtype=torch.float32)
+            code = torch.cat([code, noise.to(code.dtype)], dim=1)
+        return code, mean, std
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         if self.use_tiling:

@@ -19,6 +19,8 @@ from ..generation import Generation
 from ..models.checked_loading import check_safe_serialization
 from ..patch_order import grid_to_patches
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
+from ..search import CandidateSearch
+from .streaming import PictureStream
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -76,6 +78,7 @@ class PatchwisePipelineMixin:
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
+    _keeps_tokens = False  # whether a patch of `latents` may be decoded in part
 
     # Diffusers' names, with which callbacks change a call: `pipe._guidance_scale = 1.0`, `pipe._interrupt = True`.
     _guidance_scale = _state_property("guidance_scale")
@@ -210,11 +213,98 @@ class PatchwisePipelineMixin:
                 raise ValueError(
                     f"`latents` holds {wrong.flatten()[0].item()}; allowed are -1, +1, and 0 for undecoded."
                 )
-            known = grid_to_patches(latents != 0, self.transformer.config.patch_size).flatten(2)  # (B, M, P * C)
-            if bool((known.any(dim=2) != known.all(dim=2)).any()):
+            known = grid_to_patches(latents != 0, self.transformer.config.patch_size)  # (B, M, P, C)
+            unit, known = ("token", known) if self._keeps_tokens else ("patch", known.flatten(2))
+            if bool((known.any(dim=-1) != known.all(dim=-1)).any()):
                 raise ValueError(
-                    "`latents` holds a partly decoded patch; a patch of a picture is 0 everywhere or nowhere."
+                    f"`latents` holds a partly decoded {unit}; a {unit} of a picture is 0 everywhere or nowhere."
                 )
+
+    @staticmethod
+    def _check_search_inputs(
+        best_of: int, num_candidates_per_row: int, num_kept_per_row: int, scorer: Callable | None
+    ) -> None:
+        """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
+        check_positive_integer("best_of", best_of)
+        check_positive_integer("num_candidates_per_row", num_candidates_per_row)
+        check_positive_integer("num_kept_per_row", num_kept_per_row)
+        if best_of > 1 and num_candidates_per_row > 1:
+            raise ValueError(
+                f"`best_of` is {best_of} and `num_candidates_per_row` is {num_candidates_per_row}; one of them has to "
+                "be 1."
+            )
+        if num_candidates_per_row % num_kept_per_row:
+            raise ValueError(
+                f"`num_kept_per_row` is {num_kept_per_row}; it has to divide `num_candidates_per_row`, "
+                f"{num_candidates_per_row}."
+            )
+        if scorer is not None and not callable(scorer):
+            raise TypeError(f"`scorer` is {scorer!r}; it has to be a function.")
+
+    def _prepare_search(
+        self,
+        generation: Generation,
+        best_of: int,
+        num_candidates_per_row: int,
+        num_kept_per_row: int,
+        scorer: Callable[[list[PIL.Image.Image], list], Any] | None,
+        conditions: list,
+    ) -> CandidateSearch | None:
+        """
+        The search that a call asks for, among candidates of each picture; None where it asks for none. `conditions` is
+        what each picture is drawn of, for the `scorer`.
+        """
+        num_candidates = max(int(best_of), int(num_candidates_per_row))
+        if num_candidates == 1:
+            return None
+        first = generation.pictures[0]
+        per_round = first.num_patches if best_of > 1 else first.size[1] // self.transformer.config.patch_size
+
+        def score_code(code: torch.Tensor) -> Any:
+            num_rows = int((code != 0).all(dim=3).all(dim=1).all(dim=0).int().cumprod(dim=0).sum())
+            # A stochastic decoder draws the same noise for all, and nothing from the pictures' generators
+            generators = [torch.Generator().manual_seed(0) for _ in code]
+            images = self.decode_latents(code[:, :, :num_rows], "pil", generators)
+            return scorer(images, [one for one in conditions for _ in range(len(code) // len(conditions))])
+
+        num_kept = int(num_kept_per_row)
+        return CandidateSearch(generation, num_candidates, num_kept, per_round, None if scorer is None else score_code)
+
+    @staticmethod
+    def _check_score_inputs(num_times: int, num_draws: int, num_passes: int, bit_flip_probability: float) -> None:
+        """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
+        check_positive_integer("num_times", num_times)
+        check_positive_integer("num_draws", num_draws)
+        check_positive_integer("num_passes", num_passes)
+        if not is_number(bit_flip_probability):
+            raise TypeError(f"`bit_flip_probability` is {bit_flip_probability!r}; it has to be a number.")
+        if not 0 <= bit_flip_probability < 0.5:
+            raise ValueError(f"`bit_flip_probability` is {bit_flip_probability}; it has to be from 0 to below 0.5.")
+
+    @staticmethod
+    def _score_arguments(generation: Generation, code: torch.Tensor) -> dict[str, Any]:
+        """What [`~.scoring.score_code`] asks of a generation before its first patch and a code of its size."""
+        return {
+            "transformer": generation.transformer,
+            "scheduler": generation.scheduler,
+            "prefix": generation.prefix,
+            "code": code.to(generation.device, torch.float32).expand(len(generation.pictures), -1, -1, -1),
+            "positions": generation.pictures[0].positions,
+            "condition_argument": generation.condition_argument,
+            "condition_places": generation.pictures[0].condition_places,
+            "attention_kwargs": generation.attention_kwargs,
+        }
+
+    @torch.no_grad()
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """
+        The code (N, C, h, w) of pictures (N, 3, height, width) in [0, 1]; codes stay as they are. Pictures are encoded
+        one by one: a convolution of a whole batch rounds otherwise, and no code is to depend on its neighbours.
+        """
+        if image.shape[1] == self.transformer.config.in_channels:
+            return image
+        image = self.image_processor.normalize(image).to(get_module_execution_device(self.vae), self.vae.dtype)
+        return torch.cat([self.vae.encode(one, return_dict=False)[0] for one in image.split(1)])
 
     def prepare_latents(
         self,
@@ -234,10 +324,12 @@ class PatchwisePipelineMixin:
         generation: Generation,
         callback_on_step_end: Callable[..., dict | None] | None,
         callback_on_step_end_tensor_inputs: list[str],
+        search: CandidateSearch | None = None,
     ) -> torch.Tensor:
         """
         Draw all patches of a call's pictures, which stand at the same patch: the code (B, C, h, w). The progress bar
-        ticks for every patch, the callback is called after every one that is drawn.
+        ticks for every patch, the callback is called after every one that is drawn; where there is a search, with the
+        code of all candidates.
         """
         settings, num_patches = generation.pictures[0].settings, generation.pictures[0].num_patches
         state = CallState(settings.guidance_scale, generation.attention_kwargs, num_patches)
@@ -255,7 +347,7 @@ class PatchwisePipelineMixin:
                     state.current_timestep = index
                     if state.guidance_scale != generation.pictures[0].settings.guidance_scale:
                         generation.guide(float(state.guidance_scale))
-                    generation.advance()
+                    (search or generation).advance()
                     if callback_on_step_end is not None:
                         latents = generation.code
                         tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
@@ -267,24 +359,59 @@ class PatchwisePipelineMixin:
         finally:
             state.current_timestep = None
             del self._calls[threading.get_ident()]
+        if search is not None:
+            search.finish()
         return generation.code
 
-    def decode_latents(
-        self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    @torch.no_grad()
+    def stream(self, *args: Any, every: int = 1, state: dict[str, Any] | None = None, **kwargs: Any) -> PictureStream:
         """
-        Pictures of a whole code (B, C, h, w). With a list of generators they are decoded one by one: a convolution of
-        a whole batch rounds otherwise, and no picture is to depend on its neighbours.
+        Draw pictures while someone watches: an iterator over [`~.streaming.StreamedPictures`], the code so far and a
+        preview that is decoded when it is asked for. Nothing is drawn before it is asked for, and who stops iterating
+        stops the work.
+
+        ```python
+        for pictures in pipe.stream("a crown", every=4):
+            pictures.decode()[0].save(f"{pictures.num_done}.png")
+        ```
+
+        Args:
+            args, kwargs: the arguments of [`~.prepare_generation`].
+            every (`int`): patches from one item to the next; the last item is the finished pictures in any case.
+            state (`dict`, *optional*): what `state_dict()` of another stream, with the same arguments, returned after
+                any patch. This one goes on from there, to the same bits.
+
+        Raises:
+            ValueError, TypeError: for bad input, naming the argument, its value and what is allowed.
         """
-        if output_type == "latent":
-            return code
+        check_positive_integer("every", every)
+        generation = self.prepare_generation(*args, **kwargs)
+        if state is not None:
+            generation.load_state_dict(state)
+        return PictureStream(self, generation, int(every))
+
+    @torch.no_grad()
+    def decode_code(
+        self, code: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
+        """
+        A whole code (B, C, h, w) -> pixels (B, 3, H, W), about -1 to 1. With a list of generators pictures are decoded
+        one by one: a convolution of a whole batch rounds otherwise, and no picture is to depend on its neighbours.
+        """
         code = code.to(get_module_execution_device(self.vae), self.vae.dtype)
         if isinstance(generator, list):
             rows = zip(code.split(1), generator, strict=True)
-            images = torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
-        else:
-            images = self.vae.decode(code, generator=generator, return_dict=False)[0]
-        return self.image_processor.postprocess(images, output_type=output_type)
+            return torch.cat([self.vae.decode(row, generator=one, return_dict=False)[0] for row, one in rows])
+        return self.vae.decode(code, generator=generator, return_dict=False)[0]
+
+    @torch.no_grad()
+    def decode_latents(
+        self, code: torch.Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Pictures of a whole code (B, C, h, w), see [`~.decode_code`]; the code itself for `"latent"`."""
+        if output_type == "latent":
+            return code
+        return self.image_processor.postprocess(self.decode_code(code, generator), output_type=output_type)
 
     @property
     def guidance_scale(self) -> float:

@@ -1,20 +1,24 @@
 """BitDanceClassPipeline: class to image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 
 from ..generation import Generation, Prefix, SamplingSettings
 from ..loaders.lora import BitDanceLoraLoaderMixin
 from ..loaders.original_class_to_image import OriginalClassToImageMixin
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance_class import BitDanceClassTransformer
-from ..patch_order import patch_positions
+from ..patch_order import patch_positions, patches_to_grid
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
+from ..scoring import confidence_of_code, score_code
+from .image_inputs import read_images, resize_images
 from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
 from .pipeline_output import BitDancePipelineOutput
 
@@ -211,6 +215,10 @@ class BitDanceClassPipeline(
         attention_kwargs: dict[str, Any] | None = None,
         guidance_interval: tuple[float, float] | None = None,
         early_stop_threshold: float | None = None,
+        best_of: int = 1,
+        num_candidates_per_row: int = 1,
+        num_kept_per_row: int = 1,
+        scorer: Callable[[list[PIL.Image.Image], list[int]], Sequence[float]] | None = None,
     ) -> BitDancePipelineOutput | tuple:
         """
         Draw pictures.
@@ -243,6 +251,14 @@ class BitDanceClassPipeline(
             early_stop_threshold (`float`, *optional*): between 0 and 1; a patch of a picture is finished at the first
                 evaluation of the head whose conditional predictions are all at least so far from 0. A lower
                 threshold saves more evaluations and changes more bits. None evaluates all.
+            best_of (`int`): draw so many candidates of every picture side by side and return the best one by the
+                `scorer`. Each has a generator of its own, seeded by draws from what `generator` is.
+            num_candidates_per_row (`int`): draw so many continuations of every row of patches, and go on with the best
+                `num_kept_per_row` of them, each as often as makes so many again; after the last row the best one is
+                returned. It costs what `best_of` candidates cost.
+            num_kept_per_row (`int`): a divisor of `num_candidates_per_row`.
+            scorer (`Callable`, *optional*): `(pictures, class ids) -> one score for each`, higher is better, for
+                PIL pictures of the rows that are drawn. None is the model's own score, see [`~.score`].
 
         Returns:
             [`BitDancePipelineOutput`], or a tuple whose first element is the images.
@@ -254,6 +270,7 @@ class BitDanceClassPipeline(
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_output_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._check_search_inputs(best_of, num_candidates_per_row, num_kept_per_row, scorer)
         generation = self.prepare_generation(
             class_labels,
             num_inference_steps,
@@ -267,11 +284,114 @@ class BitDanceClassPipeline(
             early_stop_threshold,
         )
 
+        search = self._prepare_search(
+            generation, best_of, num_candidates_per_row, num_kept_per_row, scorer, self.get_label_ids(class_labels)
+        )
+
         # 2. Patch by patch: denoise the next one, then feed it back
-        code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs, search)
 
         # 3. Decode the pictures
-        images = self.decode_latents(code, output_type, generator)
+        images = self.decode_latents(code, output_type, generation.generator)
 
         self.maybe_free_model_hooks()
         return BitDancePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def score(
+        self,
+        image: PipelineImageInput,
+        class_labels: int | str | list[int | str],
+        num_times: int = 8,
+        num_draws: int = 2,
+        num_passes: int = 1,
+        bit_flip_probability: float = 0.0,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """
+        How well pictures fit classes, patch by patch: minus the loss that the transformer was trained with. Of all
+        classes the one with the highest mean fits a picture best. See [`BitDancePipeline.score`] for what it is and
+        what it is not.
+
+        Args:
+            image (PIL picture, array, tensor, or a list of them): the pictures, as
+                [`~.pipelines.image_inputs.read_images`] takes them, or their codes (N, C, h, w): one for all labels,
+                or one for each. They are resized to the size that the transformer draws.
+            class_labels (`int`, `str` or a list of both): one for all pictures, or one for each.
+            num_times, num_draws, num_passes (`int`), bit_flip_probability (`float`): what the mean is over, see
+                [`~.scoring.score_code`]. The head is evaluated times x draws x passes times a patch.
+            attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
+
+        Returns:
+            `torch.Tensor`: (B, patches) float32, patches in raster order, higher is better.
+
+        Raises:
+            ValueError, TypeError: `image` holds no picture, or a code of another size; a label that is none; pictures
+                and labels that are not as many, nor one.
+        """
+        self._check_score_inputs(num_times, num_draws, num_passes, bit_flip_probability)
+        scores = score_code(
+            **self._prepare_scoring(image, class_labels, attention_kwargs),
+            num_times=num_times,
+            num_draws=num_draws,
+            num_passes=num_passes,
+            bit_flip_probability=bit_flip_probability,
+        )
+        self.maybe_free_model_hooks()
+        return scores
+
+    @torch.no_grad()
+    def confidence(
+        self,
+        image: PipelineImageInput,
+        class_labels: int | str | list[int | str],
+        num_times: int = 8,
+        num_draws: int = 2,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """
+        A map of how sure the transformer is of every token of pictures, given classes, see
+        [`BitDancePipeline.confidence`]. The arguments are those of [`~.score`].
+
+        Returns:
+            `torch.Tensor`: (B, h, w) float32 in [0, 1], a number for each token.
+        """
+        self._check_score_inputs(num_times, num_draws, 1, 0.0)
+        arguments = self._prepare_scoring(image, class_labels, attention_kwargs)
+        confidence = confidence_of_code(**arguments, num_times=num_times, num_draws=num_draws)  # (B, M, P)
+        self.maybe_free_model_hooks()
+        return patches_to_grid(confidence[..., None], *arguments["code"].shape[-2:])[:, 0]
+
+    def _prepare_scoring(
+        self,
+        image: PipelineImageInput,
+        class_labels: int | str | list[int | str],
+        attention_kwargs: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """What [`~.scoring.score_code`] takes, for as many pairs of a picture and a label as there are of either."""
+        self._check_components("transformer", "scheduler")
+        side, num_labels = self.transformer.config.sample_size, len(self.get_label_ids(class_labels))
+        if (
+            isinstance(image, torch.Tensor)
+            and image.ndim == 4
+            and image.shape[1] == self.transformer.config.in_channels
+        ):
+            if image.shape[2:] != (side, side) or not bool((image.abs() == 1).all()):
+                raise ValueError(
+                    f"`image` is a code of shape {tuple(image.shape)}; it has to be {side} x {side} tokens of "
+                    "-1 and +1."
+                )
+        else:
+            self._check_components("vae")
+            image = resize_images(read_images(image), side * self.vae_scale_factor, side * self.vae_scale_factor)
+        if len(image) > 1 and num_labels > 1 and len(image) != num_labels:
+            raise ValueError(
+                f"`image` holds {len(image)} pictures for {num_labels} labels; give one of either, or as many."
+            )
+        generation = self.prepare_generation(
+            class_labels,
+            guidance_scale=1.0,
+            num_images_per_label=len(image) if num_labels == 1 else 1,
+            attention_kwargs=attention_kwargs,
+        )
+        return self._score_arguments(generation, self.encode_image(image))

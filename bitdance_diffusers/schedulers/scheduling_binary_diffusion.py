@@ -203,6 +203,16 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             timesteps = torch.rand(shape, generator=generator, device=device)
         return shift_timesteps(timesteps, self.config.shift)
 
+    def training_timestep_quantiles(self, num_timesteps: int) -> torch.Tensor:
+        """
+        The middles of `num_timesteps` equally likely parts of the training times, ascending, float32: a mean over them
+        stands for one over training times.
+        """
+        timesteps = (torch.arange(num_timesteps) + 0.5) / num_timesteps
+        if self.config.timestep_sampling == "logit_normal":
+            timesteps = torch.sigmoid(torch.special.ndtri(timesteps) * self.config.logit_std + self.config.logit_mean)
+        return shift_timesteps(timesteps, self.config.shift)
+
     def loss_weight(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Weight of the squared error of the predicted code: `1 / max(1 - t, 0.05)^2`, a loss on velocities."""
         return 1 / (1 - timesteps).clamp(min=MIN_NOISE_LEVEL) ** 2

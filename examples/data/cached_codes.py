@@ -70,14 +70,6 @@ def describe_pictures(dataset: Dataset) -> Any:
     raise TypeError(f"`dataset` is {type(dataset).__name__}; codes cannot be kept for it.")
 
 
-def describe_vae(vae: BitDanceTokenizer) -> str:
-    """Digest of the encoder's weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(vae.encoder.state_dict().items()):
-        digest.update(name.encode() + parameter.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 @torch.no_grad()
 def cache_codes(
     folder: Path,
@@ -97,7 +89,7 @@ def cache_codes(
     key = {
         "pictures": describe_pictures(dataset.pictures),
         "resolution": dataset.resolution,
-        "vae": describe_vae(vae),
+        "vae": vae.fingerprint(),
     }
     key = json.loads(json.dumps(key))
     if folder.exists():

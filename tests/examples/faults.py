@@ -14,6 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers.loaders.peft  # noqa: F401 - what a run would import by itself, for the server to have it
+import diffusers.quantizers.auto  # noqa: F401
+import peft.tuners.lora.model  # noqa: F401
+
 from training.checkpoints import Checkpoints, find_damage, list_checkpoints
 from training.optimization import Steps
 

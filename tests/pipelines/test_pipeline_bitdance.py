@@ -22,7 +22,7 @@ from bitdance_diffusers import (
 )
 from bitdance_diffusers import generation as generation_module
 from bitdance_diffusers.patch_order import grid_to_patches, patches_to_grid
-from bitdance_diffusers.pipelines import pipeline_bitdance
+from bitdance_diffusers.pipelines import text_conditioned
 
 SIZE = {"height": 8, "width": 16}  # 2 x 4 tokens, two patches of 2 x 2
 QUICK = {**SIZE, "num_inference_steps": 3, "output_type": "latent"}
@@ -247,7 +247,7 @@ class TestOutputs:
     def test_size_that_was_not_trained_warns_once(self, t2i_pipeline_path, monkeypatch):
         pipeline = BitDancePipeline.from_pretrained(t2i_pipeline_path, supported_sizes=[[8, 8]])
         messages = []
-        monkeypatch.setattr(pipeline_bitdance.logger, "handle", lambda record: messages.append(record.getMessage()))
+        monkeypatch.setattr(text_conditioned.logger, "handle", lambda record: messages.append(record.getMessage()))
         for height, width in ((8, 8), (16, 8), (16, 8)):
             pipeline("a", height=height, width=width, num_inference_steps=1, output_type="latent")
         assert len(messages) == 1 and messages[0].startswith("16 x 8 is not a size")
