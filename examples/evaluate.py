@@ -131,9 +131,8 @@ def evaluate_icon_edits(args: argparse.Namespace) -> None:
     world = IconWorld()
     edits = make_edits(world, args.kind, args.num_edits, args.seed)
     masked = args.kind != "recolor"
-    pipe = load_pipeline(
-        args.model, args.dtype, args.device, BitDanceInpaintPipeline if masked else BitDanceImg2ImgPipeline
-    )
+    pipeline_class = BitDanceInpaintPipeline if masked else BitDanceImg2ImgPipeline
+    pipe = load_pipeline(args.model, args.dtype, args.device, pipeline_class, args.lora)
     pipe.set_progress_bar_config(disable=True)
     strength = args.strength
     if strength is None:
@@ -255,7 +254,7 @@ def evaluate_icon_choices(args: argparse.Namespace) -> None:
         raise ValueError("`num_pictures` has to be at least 1 and `num_prompts` at least 2.")
     world, rng = IconWorld(), np.random.default_rng(args.seed)
     texts = {category: [prompt.text for prompt in world.held_out_prompts[category]] for category in CATEGORIES}
-    pipe = load_pipeline(args.model, args.dtype, args.device)
+    pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     right = {category: [] for category in CATEGORIES}
     for index in tqdm(range(args.num_pictures), unit="picture"):
         category = CATEGORIES[index % len(CATEGORIES)]
@@ -283,7 +282,7 @@ def evaluate_digit_choices(args: argparse.Namespace) -> None:
         raise ValueError(f"`num_pictures` is {args.num_pictures}; it has to be from 1 to {len(held_out)}.")
     # As many of every class: the package has the digits in the order of their classes.
     chosen = held_out[np.arange(args.num_pictures) * len(held_out) // args.num_pictures]
-    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline)
+    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline, args.lora)
     seen = []
     for start in tqdm(range(0, len(chosen), args.batch_size), unit="batch"):
         images = list(pictures[chosen[start : start + args.batch_size]])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import train_t2i_lora
 from bitdance_diffusers import BitDancePipeline
 from data.folders import ImageFolder
+from drawing.models import load_pipeline
 from tests.examples.training_runs import (
     assert_equal_checkpoints,
     assert_equal_states,
@@ -102,6 +103,11 @@ def test_a_fresh_pipeline_draws_what_the_training_drew(train, t2i_pipeline, t2i_
     assert (grid == np.concatenate((images * 255).round().astype(np.uint8))).all()
     adapted = draw(pipeline)
     assert (adapted != unadapted).float().mean() > 0.05
+
+    by_command = load_pipeline(str(t2i_pipeline_path), None, "cpu", lora=str(folder))
+    assert torch.equal(draw(by_command), adapted)
+    with pytest.raises(ValueError, match="`lora` cannot be loaded"):
+        load_pipeline(str(t2i_pipeline_path), None, "cpu", lora=str(folder / "absent"))
 
     # The file says all that there is to it, as does each checkpoint's
     with safe_open(folder / LORA_WEIGHTS, "pt") as file:
