@@ -39,6 +39,7 @@ from drawing.models import DTYPES, SHIPPED_MODEL, add_model_arguments, find_devi
 from drawing.pictures import save_image
 from icon_world.editing import EDITS, make_edits, show_edit
 from icon_world.held_out_score import Rated, rate_pictures, report, sample_held_out
+from icon_world.new_shape import NEW_SHAPES, NewShapeWorld
 from icon_world.world import CATEGORIES, IconWorld
 from mnist_digits.classifier import classify, train_classifier
 from mnist_digits.digits import NUM_CLASSES, is_held_out, read_digits
@@ -53,15 +54,17 @@ def evaluate_icons(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for a model that does not load, or settings that it refuses.
     """
-    world = IconWorld()
+    world = IconWorld() if args.new_shape is None else NewShapeWorld(args.new_shape)
     prompts = sample_held_out(world, args.pictures_per_category, args.seed)
     prompts = [prompt for prompt in prompts if world.parse(prompt).category in args.categories]
-    pipe = load_pipeline(args.model, args.dtype, args.device)
+    pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     pipe.set_progress_bar_config(disable=True)
     search = {name: getattr(args, name) for name in ("best_of", "num_candidates_per_row", "num_kept_per_row")}
     steps, guidance = args.num_inference_steps, args.guidance_scale
     settings = {
         "model": args.model,
+        "lora": args.lora,
+        "new_shape": args.new_shape,
         "num_inference_steps": pipe.config.default_num_inference_steps if steps is None else steps,
         "guidance_scale": pipe.config.default_guidance_scale if guidance is None else guidance,
         "dtype": str(pipe.dtype),
@@ -128,9 +131,8 @@ def evaluate_icon_edits(args: argparse.Namespace) -> None:
     world = IconWorld()
     edits = make_edits(world, args.kind, args.num_edits, args.seed)
     masked = args.kind != "recolor"
-    pipe = load_pipeline(
-        args.model, args.dtype, args.device, BitDanceInpaintPipeline if masked else BitDanceImg2ImgPipeline
-    )
+    pipeline_class = BitDanceInpaintPipeline if masked else BitDanceImg2ImgPipeline
+    pipe = load_pipeline(args.model, args.dtype, args.device, pipeline_class, args.lora)
     pipe.set_progress_bar_config(disable=True)
     strength = args.strength
     if strength is None:
@@ -204,7 +206,7 @@ def evaluate_digits(args: argparse.Namespace) -> None:
     """
     if args.pictures_per_class < 1:
         raise ValueError(f"`pictures_per_class` has to be at least 1, but is {args.pictures_per_class}.")
-    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline)
+    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline, args.lora)
     if pipe.transformer.config.num_classes != NUM_CLASSES:
         raise ValueError(f"`model` has to have {NUM_CLASSES} classes, but has {pipe.transformer.config.num_classes}.")
     pipe.set_progress_bar_config(disable=True)
@@ -252,7 +254,7 @@ def evaluate_icon_choices(args: argparse.Namespace) -> None:
         raise ValueError("`num_pictures` has to be at least 1 and `num_prompts` at least 2.")
     world, rng = IconWorld(), np.random.default_rng(args.seed)
     texts = {category: [prompt.text for prompt in world.held_out_prompts[category]] for category in CATEGORIES}
-    pipe = load_pipeline(args.model, args.dtype, args.device)
+    pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     right = {category: [] for category in CATEGORIES}
     for index in tqdm(range(args.num_pictures), unit="picture"):
         category = CATEGORIES[index % len(CATEGORIES)]
@@ -280,7 +282,7 @@ def evaluate_digit_choices(args: argparse.Namespace) -> None:
         raise ValueError(f"`num_pictures` is {args.num_pictures}; it has to be from 1 to {len(held_out)}.")
     # As many of every class: the package has the digits in the order of their classes.
     chosen = held_out[np.arange(args.num_pictures) * len(held_out) // args.num_pictures]
-    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline)
+    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline, args.lora)
     seen = []
     for start in tqdm(range(0, len(chosen), args.batch_size), unit="batch"):
         images = [
@@ -339,6 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_model_arguments(command)
     command.add_argument("--num_inference_steps", type=int, help="the model's own default where it is not given")
     command.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
+    command.add_argument("--new_shape", choices=NEW_SHAPES, help="only prompts that name this shape, which is new")
     command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=CATEGORIES, metavar="CATEGORY")
     command.add_argument(
         "--best_of", type=int, default=1, help="candidates of each picture, chosen by the model's score"

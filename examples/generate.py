@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"`seed` has to be from 0 to {2**32 - 1}, but is {args.seed}.")
         check_output(args.output)
         prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_images_per_prompt)]
-        pipe = load_pipeline(args.model, args.dtype, args.device)
+        pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
         images = draw(pipe, prompts, args)
     except ValueError as error:
         parser.error(str(error))

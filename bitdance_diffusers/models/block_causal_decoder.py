@@ -8,6 +8,7 @@ K key/value heads.
 """
 
 import dataclasses
+import functools
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -17,10 +18,13 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 # Parts of the names of backends that take no mask of queries and keys. Most raise; those of "varlen" make it one of
 # keys, so that a token would silently see what comes after it.
 MASKLESS_BACKENDS = ("flash", "sage", "aiter", "xla")
+
+CHUNK_TOKENS = 512  # queries that attend at once where a mask is needed
 
 
 @dataclasses.dataclass
@@ -160,21 +164,60 @@ class StaticKVCache:
         self.slots.reads_text, self.slots.write, self.slots.read = reads_text, write, read
 
 
-def block_causal_mask(
-    num_tokens: int, num_causal: int, block_size: int, key_mask: torch.Tensor | None, device: torch.device
-) -> torch.Tensor:
+@dataclasses.dataclass
+class BlockCausalMask:
     """
-    Attention mask of a sequence of `num_causal` causal tokens followed by full blocks of `block_size`.
+    Who sees whom in a whole sequence of `num_causal` causal tokens followed by full blocks of `block_size`. It is
+    never formed as a whole, which at S tokens would be S x S: for up to `CHUNK_TOKENS` queries at a time, against the
+    keys that these can see, or by FlexAttention's blocks.
 
-    `key_mask` (B, num_tokens) is False at padding, which nothing attends to but itself (a row with nothing to attend
-    to would be NaN). Returns bool, (1 or B, 1, num_tokens, num_tokens), True where attention is allowed.
+    Args:
+        num_tokens, num_causal, block_size: of the sequence.
+        key_mask (B, num_tokens), *optional*: bool, False at padding, which nothing attends to but itself (a row with
+            nothing to attend to would be NaN).
+        device: of what is formed.
     """
-    index = torch.arange(num_tokens, device=device)
-    block = torch.where(index < num_causal, index, num_causal + (index - num_causal) // block_size)
-    mask = (block[:, None] >= block[None, :])[None, None]
-    if key_mask is not None:
-        mask = (mask & key_mask[:, None, None, :]) | (index[:, None] == index[None, :])
-    return mask
+
+    num_tokens: int
+    num_causal: int
+    block_size: int
+    key_mask: torch.Tensor | None
+    device: torch.device
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """The queries of each chunk, from the first to one after the last; a chunk ends with a block."""
+        chunks, start = [], 0
+        while start < self.num_tokens:
+            end = min(start + CHUNK_TOKENS, self.num_tokens)
+            if end > self.num_causal:
+                blocks = max((end - self.num_causal) // self.block_size, 1)
+                if self.num_causal + blocks * self.block_size <= start:  # a block larger than a chunk
+                    blocks = (start - self.num_causal) // self.block_size + 1
+                end = self.num_causal + blocks * self.block_size
+            chunks.append((start, end))
+            start = end
+        return chunks
+
+    def of_chunk(self, start: int, end: int) -> torch.Tensor:
+        """bool (1 or B, 1, end - start, end), True where a query of the chunk sees a key."""
+        index = torch.arange(end, device=self.device)
+        block = self._block(index)
+        mask = (block[start:, None] >= block[None, :])[None, None]
+        if self.key_mask is not None:
+            mask = (mask & self.key_mask[:, None, None, :end]) | (index[start:, None] == index[None, :])
+        return mask
+
+    def for_flex_attention(self) -> BlockMask:
+        def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            seen = self._block(query) >= self._block(key)
+            return seen if self.key_mask is None else (seen & self.key_mask[row, key]) | (query == key)
+
+        rows = None if self.key_mask is None else len(self.key_mask)
+        return create_block_mask(sees, rows, None, self.num_tokens, self.num_tokens, device=self.device)
+
+    def _block(self, index: torch.Tensor) -> torch.Tensor:
+        in_blocks = self.num_causal + (index - self.num_causal) // self.block_size
+        return torch.where(index < self.num_causal, index, in_blocks)
 
 
 def check_backend_takes_masks(backend: AttentionBackendName | None) -> None:
@@ -224,7 +267,7 @@ class BlockCausalAttnProcessor:
         attn: "BlockCausalAttention",
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: BlockCausalMask | BlockMask | None = None,
         kv_cache: LayerKVCache | None = None,
         block_size: int | None = None,
     ) -> torch.Tensor:
@@ -250,7 +293,7 @@ class BlockCausalAttnProcessor:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: BlockCausalMask | BlockMask | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
         if attention_mask is not None:
@@ -260,15 +303,16 @@ class BlockCausalAttnProcessor:
         if groups > 1:
             key = key.repeat_interleave(groups, dim=2)
             value = value.repeat_interleave(groups, dim=2)
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            is_causal=is_causal,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
+        dispatch = functools.partial(
+            dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config
         )
+        if not isinstance(attention_mask, BlockCausalMask):
+            return dispatch(query, key, value, attn_mask=attention_mask, is_causal=is_causal)
+        outputs = [
+            dispatch(query[:, start:end], key[:, :end], value[:, :end], attn_mask=attention_mask.of_chunk(start, end))
+            for start, end in attention_mask.chunks()
+        ]
+        return torch.cat(outputs, dim=1)
 
     def attend_cached(
         self,
@@ -366,7 +410,7 @@ class BlockCausalDecoderLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: BlockCausalMask | BlockMask | None = None,
         kv_cache: LayerKVCache | None = None,
         block_size: int | None = None,
     ) -> torch.Tensor:
@@ -391,7 +435,7 @@ class BlockCausalDecoder(nn.ModuleList):
         self,
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
+        attention_mask: BlockCausalMask | None,
         kv_cache: StaticKVCache | None,
         block_size: int,
     ) -> torch.Tensor:
@@ -399,7 +443,7 @@ class BlockCausalDecoder(nn.ModuleList):
         Args:
             hidden_states (B, S, D): the tokens of this call.
             rotary: (cos, sin), each (B, S, d) or (1, S, d).
-            attention_mask: [`block_causal_mask`] of a whole sequence; None with a cache.
+            attention_mask: of a whole sequence; None with a cache.
             kv_cache: extended by S; rows of one length stand together in it.
             block_size: with a cache, tokens that see each other: the last ones of a text, or every so many of what is
                 fed back.
@@ -410,6 +454,8 @@ class BlockCausalDecoder(nn.ModuleList):
         if hidden_states.shape[1] > block_size and not torch.compiler.is_compiling():
             for tensor in (hidden_states, *rotary):  # layers compiled alone take texts of any length
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        if attention_mask is not None and self[0].attn.processor._attention_backend == AttentionBackendName.FLEX:
+            attention_mask = attention_mask.for_flex_attention()
         for i, layer in enumerate(self):
             layer_cache = None if kv_cache is None else kv_cache.layers[i]
             if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -17,8 +17,8 @@ from .binary_diffusion_head import BinaryDiffusionHead, predict_patches
 from .block_causal_decoder import (
     BlockCausalDecoder,
     BlockCausalDecoderLayer,
+    BlockCausalMask,
     StaticKVCache,
-    block_causal_mask,
     rotary_1d,
 )
 from .transformer_mixin import BitDanceTransformerMixin, BitDanceTransformerOutput
@@ -204,7 +204,7 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
             if attention_mask is not None:
                 key_mask = nn.functional.pad(attention_mask, (0, num_tokens - num_text), value=True)
                 position_ids = (position_ids - (~attention_mask).sum(dim=1, keepdim=True)).clamp(min=0)
-            mask = block_causal_mask(
+            mask = BlockCausalMask(
                 num_tokens, num_text - patch_tokens, patch_tokens, key_mask, device=hidden_states.device
             )
         cos, sin = rotary_1d(position_ids, self.config.attention_head_dim, self.config.rope_theta)

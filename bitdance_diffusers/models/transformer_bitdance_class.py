@@ -16,8 +16,8 @@ from .binary_diffusion_head import BinaryDiffusionHead, FeedForward, predict_pat
 from .block_causal_decoder import (
     BlockCausalDecoder,
     BlockCausalDecoderLayer,
+    BlockCausalMask,
     StaticKVCache,
-    block_causal_mask,
     rotary_2d,
 )
 from .transformer_mixin import BitDanceTransformerMixin, BitDanceTransformerOutput
@@ -178,7 +178,7 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         # 2. Who sees whom, and where each token stands: picture tokens turn with their place, the others do not
         mask = None
         if kv_cache is None:
-            mask = block_causal_mask(num_tokens, num_prefix - patch_tokens, patch_tokens, None, hidden_states.device)
+            mask = BlockCausalMask(num_tokens, num_prefix - patch_tokens, patch_tokens, None, hidden_states.device)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         cos = hidden_states.new_ones(1, num_prefix, head_dim)
         sin = hidden_states.new_zeros(1, num_prefix, head_dim)

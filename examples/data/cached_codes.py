@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from bitdance_diffusers import BitDanceTokenizer
@@ -17,7 +17,7 @@ from data.folders import ClassFolder, ImageFolder
 from data.hub_dataset import HubDataset
 from icon_world.dataset import IconDataset
 
-ENCODE_BATCH_SIZE = 64
+ENCODE_PIXELS = 2**21  # of a batch: 512 pictures of 64 x 64, 8 of 512 x 512
 TARGET_FILES = {"text": "captions.json", "label": "labels.json"}
 
 
@@ -56,6 +56,8 @@ class _InOrder(Dataset):
 
 def describe_pictures(dataset: Dataset) -> Any:
     """What a change of the pictures, captions or labels changes, as JSON."""
+    if isinstance(dataset, ConcatDataset):
+        return [describe_pictures(part) for part in dataset.datasets]
     if isinstance(dataset, Subset):
         return [describe_pictures(dataset.dataset), len(dataset)]
     if isinstance(dataset, ImageFolder | ClassFolder):
@@ -114,7 +116,8 @@ def cache_codes(
     )
     codes = np.lib.format.open_memmap(partial / "codes.npy", mode="r+")
     targets = []
-    pictures = DataLoader(_InOrder(dataset, start, end), ENCODE_BATCH_SIZE, num_workers=num_workers)
+    batch_size = max(1, ENCODE_PIXELS // dataset.resolution**2)
+    pictures = DataLoader(_InOrder(dataset, start, end), batch_size, num_workers=num_workers)
     for batch in tqdm(pictures, desc="Encoding pictures", disable=not accelerator.is_local_main_process):
         place = start + len(targets)
         code = vae.encode(batch["pixel_values"].to(accelerator.device)).code

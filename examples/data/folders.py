@@ -18,9 +18,10 @@ class ImageFolder(Dataset):
     Args:
         folder (`Path`): Has a `metadata.jsonl` with a `file_name`, relative to the folder, and a text in every line.
         caption_column (`str`, *optional*): The field with the text; without it every picture in the folder and below
-            is taken, and the texts are empty.
+            is taken, and the texts are `text`.
         background (`str`): The color behind what is transparent.
         check_caption (`Callable`, *optional*): Raises a `ValueError` for a text that is not to be learnt from.
+        text (`str`): The text of all pictures, without a `caption_column`.
 
     Raises:
         ValueError: if a file, line, field, text or picture is missing or broken. The first 10,000 pictures are decoded
@@ -33,11 +34,12 @@ class ImageFolder(Dataset):
         caption_column: str | None = None,
         background: str = "white",
         check_caption: Callable[[str], None] | None = None,
+        text: str = "",
     ) -> None:
         if not folder.is_dir():
             raise ValueError(f"The folder of pictures {folder} does not exist.")
         if caption_column is None:
-            self.entries = [(path, "") for path in find_images(folder)]
+            self.entries = [(path, text) for path in find_images(folder)]
         else:
             self.entries = list(_read_metadata(folder, caption_column))
         if not self.entries:

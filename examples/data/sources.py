@@ -23,7 +23,9 @@ def load_pictures(
     Raises:
         ValueError: if there are none, or they are not as the arguments say.
     """
-    if args.icons is not None:
+    if getattr(args, "instance_data_dir", None) is not None:
+        dataset = ImageFolder(args.instance_data_dir, background=args.background_color, text=args.instance_prompt)
+    elif args.icons is not None:
         from icon_world.dataset import IconDataset
 
         dataset = IconDataset(args.icons, args.seed, icon_weights, smaller_icons)

@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
-from collections.abc import Iterable
+import shlex
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ FREE_ON_RESUME = {
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
     "push_to_hub", "hub_model_id", "hub_token", "lr_decay_steps", "validation_prompts", "num_validation_images",
     "num_inference_steps", "guidance_scale", "save_dtype", "cache_codes", "validation_labels", "guidance_schedule",
-    "max_sequence_length",
+    "validation_epochs", "max_skipped_steps", "skip_checksums", "command", "license", "max_sequence_length",
 }  # fmt: skip
 
 
@@ -51,12 +53,20 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--checkpointing_steps", type=int, default=500)
     run.add_argument("--checkpoints_total_limit", type=int, help="keep only the newest so many")
     run.add_argument("--resume_from_checkpoint", metavar="latest|PATH")
+    run.add_argument("--skip_checksums", action="store_true", help="resume without reading every file to check it")
+    run.add_argument(
+        "--max_skipped_steps",
+        type=int,
+        default=20,
+        help="end the run after so many steps in a row whose loss or gradients are not finite",
+    )
     run.add_argument("--validation_steps", type=int, default=500)
     run.add_argument("--report_to", default="tensorboard", help="a tracker of accelerate, `all` or `none`")
     run.add_argument("--logging_dir", default="logs", help="inside --output_dir")
     run.add_argument("--push_to_hub", action="store_true")
     run.add_argument("--hub_model_id", help="by default the name of --output_dir")
     run.add_argument("--hub_token")
+    run.add_argument("--license", help="of the weights, for the model card; by default that of the model's own card")
 
     optimizer = parser.add_argument_group("optimizer")
     optimizer.add_argument("--learning_rate", type=float, default=1e-4)
@@ -70,6 +80,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     optimizer.add_argument("--adam_weight_decay", type=float, default=0.0)
     optimizer.add_argument("--adam_epsilon", type=float, default=1e-8)
     optimizer.add_argument("--max_grad_norm", type=float, default=1.0)
+    optimizer.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes; needs a GPU")
 
 
 def add_icons_argument(parser: argparse.ArgumentParser) -> None:
@@ -82,13 +93,15 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for a number out of range or arguments in conflict, naming them.
     """
-    sources = [name for name in ("train_data_dir", "dataset_name", "icons") if hasattr(args, name)]
+    sources = ("train_data_dir", "dataset_name", "icons", "instance_data_dir")
+    sources = [name for name in sources if hasattr(args, name)]
     given = [name for name in sources if getattr(args, name) is not None]
     if len(given) != 1:
         raise ValueError(f"Give exactly one of {list_flags(sources)}, not {list_flags(given) or 'none'}.")
     positive = (
         "icons", "max_train_samples", "resolution", "train_batch_size", "num_train_epochs", "max_train_steps",
         "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+        "max_skipped_steps", "validation_epochs", "repeats", "num_class_images",
     )  # fmt: skip
     for name in positive:
         value = getattr(args, name, None)
@@ -112,6 +125,25 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         ) from error
     if args.hub_token is not None and not args.push_to_hub:
         raise ValueError("--hub_token without --push_to_hub has no effect.")
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, check: Callable[[argparse.Namespace], None]
+) -> argparse.Namespace:
+    """
+    The arguments of a script, `check`ed: what that raises as a `ValueError` is an error of the command line. `command`
+    is that command line, for the model card, without a token.
+    """
+    args = parser.parse_args(arguments)
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    words = ["python", f"examples/{parser.prog}", *(sys.argv[1:] if arguments is None else arguments)]
+    if args.hub_token is not None:
+        words = [word.replace(args.hub_token, "TOKEN") for word in words]
+    args.command = shlex.join(map(str, words))
+    return args
 
 
 def list_flags(names: Iterable[str]) -> str:

@@ -289,3 +289,29 @@ def test_another_run_in_the_output_folder(train):
         train("out", max_train_steps=2)
     with pytest.raises(ValueError, match="another configuration .*label_dropout"):
         train("out", max_train_steps=4, label_dropout=0.2, resume_from_checkpoint="latest")
+
+
+def test_lora(train, workplace, class_pipeline_path):
+    base = class_pipeline_path("class_p4")
+    pipeline = BitDanceClassPipeline.from_pretrained(base)
+    number = pipeline.transformer.config.num_classes
+    for label in range(number):
+        folder = workplace / "many" / f"{label:03d}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (16, 16), (label * 40 % 256, 90, 30)).save(folder / "0.png")
+    options = {"pretrained_model_name_or_path": base, "transformer_config": None, "vae_path": None}
+    resolution = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    options |= {"train_data_dir": workplace / "many", "resolution": resolution, "rank": 2, "learning_rate": 1e-2}
+    folder = train("out", **options, validation_labels="1", num_validation_images=1, num_inference_steps=2)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline([1], num_inference_steps=2, generator=generator, output_type="latent").images
+
+    before = draw()
+    pipeline.load_lora_weights(folder)
+    assert not torch.equal(draw(), before)
+    assert not (folder / "model_index.json").exists()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "BitDanceClassPipeline.from_pretrained" in card and "image = pipe([1]).images[0]" in card

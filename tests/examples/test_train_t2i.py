@@ -17,20 +17,14 @@ from tests.examples.training_runs import (
     kill_in_a_checkpoint,
     record,
     reset_accelerator,
+    to_flags,
+    write_pictures,
 )
 
 
 @pytest.fixture
 def workplace(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(10):
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-        coarse.resize((20, 16), Image.Resampling.BICUBIC).save(pictures / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a red fox number {i}"}))
-    (pictures / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_pictures(tmp_path / "pictures")
     return tmp_path
 
 
@@ -49,11 +43,7 @@ def arguments(workplace, t2i_pipeline_path):
             "lr_scheduler": "constant",
             "report_to": "none",
         }
-        flags = []
-        for name, value in {**defaults, **more}.items():
-            values = value if isinstance(value, list) else [value]
-            flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
-        return flags
+        return to_flags({**defaults, **more})
 
     return arguments
 
@@ -230,21 +220,24 @@ def test_gradient_checkpointing_changes_nothing(train):
 
 def test_a_loss_that_is_not_finite_reaches_no_checkpoint(train, workplace):
     with pytest.raises(FloatingPointError):
-        train("out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20)
+        train("out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20, max_skipped_steps=5)
     assert not (workplace / "out" / "model_index.json").exists()
     assert list((workplace / "out").glob("checkpoint-*"))
     for file in (workplace / "out").glob("checkpoint-*/model.safetensors"):
         assert all(value.isfinite().all() for value in load_file(file).values())
 
 
-def test_dropped_prompts_take_the_unconditional_frame(t2i_pipeline):
-    tokenizer = t2i_pipeline().tokenizer
-    frames = train_t2i.PromptFrames(tokenizer, [5, 6])
-    input_ids, mask = frames(["a red fox", "two"], [False, True])
+def test_prompts_stand_in_their_frames(t2i_pipeline):
+    frames = train_t2i.PromptFrames(t2i_pipeline().tokenizer, [5, 6])
+    batch = frames(
+        [{"text": "a red fox", "packed_code": torch.tensor(1)}, {"text": "", "packed_code": torch.tensor(2)}]
+    )
+    assert batch["packed_code"].tolist() == [1, 2] and "text" not in batch
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     assert mask[0].all() and not mask[1, 0]
-    assert input_ids[1][mask[1]].tolist() == frames.unconditional
-    assert input_ids[0].tolist() == train_t2i.PromptFrames(tokenizer, [5, 6]).framed("a red fox")
-    assert input_ids[:, -2:].tolist() == [[5, 6]] * 2
+    assert ids[0].tolist() == frames.framed("a red fox") and ids[1][mask[1]].tolist() == frames.framed("")
+    assert batch["unconditional_ids"][batch["unconditional_mask"]].tolist() == frames.unconditional
+    assert ids[:, -2:].tolist() == [[5, 6]] * 2
 
 
 def overfit(pipeline, num_steps):
@@ -254,7 +247,8 @@ def overfit(pipeline, num_steps):
     texts = ["a red fox", "a blue umbrella", "two", "sleeping under it"]
     patch_size = transformer.config.patch_size
     frames = train_t2i.PromptFrames(pipeline.tokenizer, picture_start_ids(pipeline.tokenizer, 8, 8, patch_size))
-    input_ids, mask = frames(texts, [False] * 4)
+    prompts = frames([{"text": text} for text in texts])
+    input_ids, mask = prompts["input_ids"], prompts["attention_mask"]
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=2e-3, betas=(0.9, 0.95))
     losses = []
     for step in range(num_steps):

@@ -1,16 +1,41 @@
 """What the tests of the training scripts share: runs that are killed, recorded or fresh, and the states they leave."""
 
+import json
 import multiprocessing
 import os
 import signal
 import socket
 
+import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from safetensors.torch import load_file
 
-from training import checkpoints, transformer_run
+from training import checkpoints
+from training.optimization import Steps
+
+
+def write_pictures(folder):
+    """Ten pictures with captions, as an image folder."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(10):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        coarse.resize((20, 16), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a red fox number {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def to_flags(options):
+    """A command line of arguments: those that are None are left out, True is a flag without a value."""
+    flags = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
+    return flags
 
 
 def run_in_forks(work, num_processes=1):
@@ -57,20 +82,20 @@ def record(script, arguments, num_processes, file):
 
     def work():
         recorded = {"losses": []}
-        check_finite = transformer_run.check_finite
+        read, clip = Steps.read, Accelerator.clip_grad_norm_
 
-        def check(accelerator, name, value, step):
-            mean = check_finite(accelerator, name, value, step)
-            if name == "loss":
-                recorded["losses"].append(mean)
-            return mean
+        def recorded_read(self, step, norms):
+            values, finite = read(self, step, norms)
+            recorded["losses"].append(values["loss"])
+            return values, finite
 
-        def clip(accelerator, parameters, max_norm, step):
+        def recorded_clip(self, parameters, max_norm):
             parameters = list(parameters)
-            recorded.setdefault("gradients", [p.grad.clone() for p in parameters])
-            accelerator.clip_grad_norm_(parameters, max_norm)
+            gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+            recorded.setdefault("gradients", gradients)
+            return clip(self, parameters, max_norm)
 
-        transformer_run.check_finite, transformer_run.clip_gradients = check, clip
+        Steps.read, Accelerator.clip_grad_norm_ = recorded_read, recorded_clip
         script.main(script.parse_args(arguments))
         if PartialState().process_index == 0:
             torch.save(recorded, file)

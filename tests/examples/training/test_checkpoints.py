@@ -1,18 +1,21 @@
 import json
 import logging
+import os
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from training.checkpoints import TRAINING_STATE, Checkpoints, find_checkpoint
+from training.checkpoints import CHECKSUMS, TRAINING_STATE, Checkpoints, find_checkpoint, find_damage, write_checksums
+from training.optimization import Steps
 
 
 def make_checkpoint(folder, configuration):
     folder.mkdir(parents=True)
     state = {"step": 7, "configuration": configuration}
     (folder / TRAINING_STATE).write_text(json.dumps(state), encoding="utf-8")
+    write_checksums(folder)
     return folder
 
 
@@ -48,6 +51,61 @@ def test_checkpoint_of_another_configuration(tmp_path):
         Checkpoints.check(checkpoint, {"seed": 0, "learning_rate": 0.1, "new": 1})
 
 
+def damage_nothing(checkpoint):
+    pass
+
+
+def truncate(checkpoint):
+    os.truncate(checkpoint / "weights" / "model.bin", 3)
+
+
+def tamper(checkpoint):
+    (checkpoint / "weights" / "model.bin").write_bytes(b"weighty")
+
+
+def lose(checkpoint):
+    (checkpoint / "weights" / "model.bin").unlink()
+
+
+def add(checkpoint):
+    (checkpoint / "more.bin").write_bytes(b"")
+
+
+def forget(checkpoint):
+    (checkpoint / CHECKSUMS).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_nothing, None),
+        (truncate, "weights/model.bin is not as it was written"),
+        (tamper, "weights/model.bin is not as it was written"),
+        (lose, "weights/model.bin is missing"),
+        (add, "more.bin is none of its files"),
+        (forget, "SHA256SUMS is missing"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-7", {})
+    (checkpoint / "weights").mkdir()
+    (checkpoint / "weights" / "model.bin").write_bytes(b"weights")
+    write_checksums(checkpoint)
+    damage(checkpoint)
+    assert find_damage(checkpoint) == message
+    assert Checkpoints.check(checkpoint, {}, skip_checksums=True) == 7
+    if message is not None:
+        with pytest.raises(ValueError, match=f"checkpoint-7 cannot be loaded, {message}. Beside it are: none"):
+            Checkpoints.check(checkpoint, {})
+
+
+def test_a_damaged_state_is_named_without_checksums(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-7", {})
+    os.truncate(checkpoint / TRAINING_STATE, 5)
+    with pytest.raises(ValueError, match="checkpoint-7 cannot be loaded, a file of it may be damaged"):
+        Checkpoints.check(checkpoint, {}, skip_checksums=True)
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_latest_in_an_empty_folder_is_a_new_run(tmp_path, caplog, there):
     out = tmp_path / "out"
@@ -70,7 +128,15 @@ def checkpoints(tmp_path):
         model = torch.nn.Linear(2, 2)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1.0)
-        return Checkpoints(accelerator, tmp_path, {"seed": 0}, schedule, EMAModel(model.parameters()), total_limit)
+        return Checkpoints(
+            accelerator,
+            tmp_path,
+            {"seed": 0},
+            schedule,
+            EMAModel(model.parameters()),
+            total_limit,
+            Steps(accelerator, 3),
+        )
 
     return checkpoints
 

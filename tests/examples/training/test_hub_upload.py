@@ -2,8 +2,9 @@ from argparse import Namespace
 
 import huggingface_hub
 import pytest
+from accelerate import PartialState
 
-from training.hub_upload import open_repository, push_to_hub, save_model_card
+from training.hub_upload import open_repository, push_to_hub
 
 
 @pytest.fixture
@@ -21,15 +22,19 @@ def test_the_repository_is_created_or_checked(hub, args):
         open_repository(args)
 
 
-def test_a_hub_that_does_not_answer_is_an_error_before_the_training(args, monkeypatch):
+def test_a_hub_that_does_not_answer_is_asked_again_at_the_end(args, monkeypatch, caplog):
+    PartialState()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="--push_to_hub: the repository stars cannot be written to"):
-        open_repository(args)
+    assert open_repository(args) is None
+    assert "the upload at the end will try again" in caplog.text
+    args.output_dir.mkdir(exist_ok=True)
+    with pytest.raises(RuntimeError, match="but the upload to stars failed: (.*\n)*To upload it: hf upload stars"):
+        push_to_hub(args, None)
 
 
 def test_a_failed_upload_says_where_everything_is_and_how_to_upload_it(hub, args):
     args.output_dir.mkdir()
-    save_model_card(args.output_dir, "Stars.", None, ["text-to-image"])
+    (args.output_dir / "README.md").write_text("Stars.", encoding="utf-8")
     with pytest.raises(RuntimeError, match="but the upload to owner/stars failed: .*403") as failure:
         push_to_hub(args, "owner/stars")
     message = str(failure.value)
