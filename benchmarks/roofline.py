@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from bitdance_diffusers.generation import split_timesteps
 from bitdance_diffusers.models.binary_diffusion_head import TIMESTEP_FEATURES
-from bitdance_diffusers.pipelines.patchwise import split_timesteps
 
 
 @dataclass(frozen=True)

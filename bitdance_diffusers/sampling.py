@@ -1,8 +1,9 @@
-"""The hot loop that both pipelines share: noise -> the bits of one patch.
+"""The hot loop that both models share: noise -> the bits of one patch.
 
 Shapes: B pictures, P tokens a patch, C bits a token, n steps (n + 1 evaluations of the head).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -24,12 +25,33 @@ def draw_patch_noise(
 
     Each is a draw of its own, as in the original: one large draw gives other bits. With a list of generators every
     picture draws from its own, and so does not depend on its neighbours. What CPU generators draw goes to the
-    device in one transfer: the host waits for each.
+    device in one transfer, for which the host does not wait on CUDA (the memory is pinned).
     """
     first = generator[0] if isinstance(generator, list) else generator
     drawn_on = first.device if first is not None and first.device.type == "cpu" else device
     draws = [randn_tensor(shape, generator, drawn_on, torch.float32) for _ in range(num_steps + 1)]
-    return torch.stack(draws).to(device)
+    noise = torch.stack(draws)
+    if noise.device.type == "cpu" and device.type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
+
+
+def draw_halves_noise(
+    num_steps: int,
+    shape: tuple[int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """
+    The noise of a patch whose conditional and unconditional rows are sampled separately: from one draw of twice the
+    rows of `shape` (B, P, C), the conditional ones first. Of a list of generators each draws its picture's two rows.
+    Returns (n + 1, 2 B, P, C) float32.
+    """
+    batch_size, *token_shape = shape
+    if not isinstance(generator, list):
+        return draw_patch_noise(num_steps, (2 * batch_size, *token_shape), generator, device)
+    pairs = [draw_patch_noise(num_steps, (2, *token_shape), one, device) for one in generator]
+    return torch.stack(pairs, dim=2).flatten(1, 2)  # (n + 1, 2, B, P, C) -> (n + 1, 2 B, P, C)
 
 
 def denoise_patch(
@@ -40,6 +62,9 @@ def denoise_patch(
     guidance_scale: float | None,
     guided_evaluations: Sequence[bool] | None = None,
     early_stop_threshold: float | None = None,
+    known_code: torch.Tensor | None = None,
+    source_code: torch.Tensor | None = None,
+    first_step: int = 0,
 ) -> torch.Tensor:
     """
     Denoise one patch of every picture.
@@ -48,8 +73,8 @@ def denoise_patch(
         predict: `(noisy bits (R, P, C), modulations) -> predicted clean bits (R, P, C)`; R is B, or 2 B with guidance:
             the conditional rows first. Both halves get the same noisy bits. A later call may overwrite what an earlier
             one returned, as CUDA graphs do.
-        modulations (n + 1 of them): what the head makes of the condition and the time of each evaluation, for R rows.
-            No item is held any more when the next is asked for.
+        modulations (n + 1 - `first_step` of them): what the head makes of the condition and the time of each
+            evaluation, for R rows. No item is held any more when the next is asked for.
         noise (n + 1, B, P, C): what [`draw_patch_noise`] drew. It is overwritten.
         scheduler: prepared for n steps.
         guidance_scale: weight of the conditional prediction; None where only conditional rows run. Guiding predictions
@@ -60,11 +85,17 @@ def denoise_patch(
             all at least so far from 0, and evaluations end soon after every picture's are. A prediction is the mean of
             its bit given the noisy ones, so that at 0.95 a bit is in doubt by 2.5 %. Which evaluation a picture's
             bits are taken from does not depend on its neighbours. None takes the last of all.
+        known_code (B, P, C): -1 and +1 in tokens whose bits are given, 0 in those to draw. At every evaluation the
+            given ones stand at their noised true value `(1 - t) noise + t x`, with the patch's first noise.
+        source_code (B, P, C): -1 and +1, the bits that the patch starts from: those, noised with the patch's first
+            noise to the time of step `first_step`. None starts from the noise alone.
+        first_step: how many steps are left out, below n. Their noise is not used.
 
     Returns:
-        (B, P, C) float32: the (guided) prediction whose signs are the bits.
+        (B, P, C) float32: the (guided) prediction whose signs are the bits; known tokens are as they were given.
     """
     batch_size = noise.shape[1]
+    known = None if known_code is None else known_code != 0
     num_halves = 1 if guidance_scale is None else 2
     coefficients = scheduler.step_coefficients
     uses_previous_prediction = scheduler.uses_previous_prediction
@@ -73,11 +104,16 @@ def denoise_patch(
     # operator less in a loop that is bound by launching them. The first is copied, so that all have the same strides.
     half_noises = noise[:, None].expand(-1, num_halves, -1, -1, -1).unbind()
     sample = half_noises[0].contiguous()  # (1 or 2, B, P, C)
+    if source_code is not None:
+        sample = scheduler.add_noise(source_code, sample, scheduler.timesteps[first_step])
     result = noise[0]
     previous = None
     settled = torch.zeros(batch_size, 1, 1, dtype=torch.bool, device=noise.device)
-    for i in range(len(half_noises)):
+    for i in range(first_step, len(half_noises)):
         modulation = next(modulations)  # `enumerate` would hold the last one
+        if known is not None:
+            noised = scheduler.add_noise(known_code, noise[0], scheduler.timesteps[i])
+            sample = torch.where(known, noised, sample)
         if guidance_scale is not None and (guided_evaluations is None or guided_evaluations[i]):
             conditional, unconditional = predict(sample.flatten(0, 1), modulation).float().chunk(2)
             prediction = torch.add(unconditional, conditional - unconditional, alpha=guidance_scale)
@@ -90,11 +126,14 @@ def denoise_patch(
             result = prediction
         else:
             result = torch.where(settled, result, prediction)
-            settled = settled | (conditional.abs().amin(dim=(1, 2), keepdim=True) >= early_stop_threshold)
+            certainty = conditional.abs() if known is None else conditional.abs().masked_fill(known, math.inf)
+            settled = settled | (certainty.amin(dim=(1, 2), keepdim=True) >= early_stop_threshold)
         if i < len(coefficients):
             if early_stop_threshold is not None and (i + 1) % EARLY_STOP_INTERVAL == 0 and bool(settled.all()):
                 break
+            if uses_previous_prediction and i == first_step > 0:
+                previous = prediction  # there is none before it: the step is of first order
             sample = update_sample(sample, prediction, previous, half_noises[i + 1], coefficients[i])
             if uses_previous_prediction:
                 previous = prediction
-    return result
+    return result if known is None else torch.where(known, known_code, result)

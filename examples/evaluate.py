@@ -2,16 +2,22 @@
 
     python examples/evaluate.py icons --model examples/pretrained/icons-64     # pictures of held-out prompts
     python examples/evaluate.py icons-tokenizer --vae runs/icons-vae           # reconstructions of drawn pictures
+    python examples/evaluate.py icons-edits replace                            # an icon in a picture by another
     python examples/evaluate.py fid samples VIRTUAL_imagenet256_labeled.npz    # pictures against a reference
     python examples/evaluate.py digits                                         # digits that the shipped model draws
+    python examples/evaluate.py icon-choices                                   # which prompt a picture is of
+    python examples/evaluate.py digit-choices                                  # which digit a real one is
 
 The first two draw or decode pictures of the icon world (`icons.py`) and print the share that its checker finds right,
 with 95 % intervals, for each of the six categories and on average over them. `fid` prints FID, Inception score,
 precision and recall of a folder or `.npz` of pictures (`sample_class.py` writes both), computed by torch-fidelity.
 `digits` prints the share of digits whose class a classifier recognises that learnt from real ones (`digits.py`).
+`icon-choices` and `digit-choices` print how often the model's own score (`pipe.score`) of a picture is highest for
+what it is of.
 """
 
 import argparse
+import inspect
 import math
 from pathlib import Path
 
@@ -22,17 +28,24 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm import tqdm
 
-from bitdance_diffusers import BitDanceClassPipeline, BitDanceTokenizer
+from bitdance_diffusers import (
+    BitDanceClassPipeline,
+    BitDanceImg2ImgPipeline,
+    BitDanceInpaintPipeline,
+    BitDanceTokenizer,
+)
 from data.whole_files import write_json
 from drawing.models import DTYPES, SHIPPED_MODEL, add_model_arguments, find_device, load_pipeline
 from drawing.pictures import save_image
-from icon_world.held_out_score import rate_pictures, report, sample_held_out
-from icon_world.world import IconWorld
+from icon_world.editing import EDITS, make_edits, show_edit
+from icon_world.held_out_score import Rated, rate_pictures, report, sample_held_out
+from icon_world.new_shape import NEW_SHAPES, NewShapeWorld
+from icon_world.world import CATEGORIES, IconWorld
 from mnist_digits.classifier import classify, train_classifier
-from mnist_digits.digits import NUM_CLASSES
+from mnist_digits.digits import NUM_CLASSES, is_held_out, read_digits
 from scores.inception import find_feature_weights, score_pictures
 from scores.picture_sets import open_pictures
-from scores.shares import print_scores, wilson_score
+from scores.shares import Score, print_scores, wilson_score
 
 
 def evaluate_icons(args: argparse.Namespace) -> None:
@@ -41,18 +54,23 @@ def evaluate_icons(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for a model that does not load, or settings that it refuses.
     """
-    world = IconWorld()
+    world = IconWorld() if args.new_shape is None else NewShapeWorld(args.new_shape)
     prompts = sample_held_out(world, args.pictures_per_category, args.seed)
-    pipe = load_pipeline(args.model, args.dtype, args.device)
+    prompts = [prompt for prompt in prompts if world.parse(prompt).category in args.categories]
+    pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     pipe.set_progress_bar_config(disable=True)
+    search = {name: getattr(args, name) for name in ("best_of", "num_candidates_per_row", "num_kept_per_row")}
     steps, guidance = args.num_inference_steps, args.guidance_scale
     settings = {
         "model": args.model,
+        "lora": args.lora,
+        "new_shape": args.new_shape,
         "num_inference_steps": pipe.config.default_num_inference_steps if steps is None else steps,
         "guidance_scale": pipe.config.default_guidance_scale if guidance is None else guidance,
         "dtype": str(pipe.dtype),
         "device": str(pipe.device),
         "seed": args.seed,
+        **search,
     }
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
@@ -64,6 +82,7 @@ def evaluate_icons(args: argparse.Namespace) -> None:
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pil",
+            **search,
         ).images
 
     report(rate_pictures(world, prompts, draw, args.seed, args.batch_size), settings, args)
@@ -99,6 +118,56 @@ def evaluate_icons_tokenizer(args: argparse.Namespace) -> None:
     psnr = float(np.mean(20 * math.log10(255) - 10 * np.log10(squared_errors)))
     print(f"PSNR {psnr:.2f} dB, the mean over {len(rated)} pictures")
     report(rated, {"vae": str(args.vae), "dtype": args.dtype, "seed": args.seed, "psnr": psnr}, args)
+
+
+def evaluate_icon_edits(args: argparse.Namespace) -> None:
+    """Score the edits of a text-to-image model: what its pictures of the icon world become, and what is kept.
+
+    Raises:
+        ValueError: for a model that does not load, or settings that it refuses.
+    """
+    if args.num_edits < 1:
+        raise ValueError(f"`num_edits` has to be at least 1, but is {args.num_edits}.")
+    world = IconWorld()
+    edits = make_edits(world, args.kind, args.num_edits, args.seed)
+    masked = args.kind != "recolor"
+    pipeline_class = BitDanceInpaintPipeline if masked else BitDanceImg2ImgPipeline
+    pipe = load_pipeline(args.model, args.dtype, args.device, pipeline_class, args.lora)
+    pipe.set_progress_bar_config(disable=True)
+    strength = args.strength
+    if strength is None:
+        strength = inspect.signature(pipe.__call__).parameters["strength"].default
+    settings = {"model": args.model, "kind": args.kind, "strength": strength, "seed": args.seed}
+    if masked:
+        settings |= {"num_candidates": args.num_candidates, "num_passes": args.num_passes}
+
+    rated, num_kept = [], 0
+    for start in tqdm(range(0, len(edits), args.batch_size), unit="batch"):
+        batch = edits[start : start + args.batch_size]
+        prompts, sources, masks = ([getattr(edit, name) for edit in batch] for name in ("prompt", "source", "mask"))
+        seeds = [args.seed + start + index for index in range(len(batch))]
+        call = {
+            "prompt": prompts,
+            "image": sources,
+            "strength": strength,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "output_type": "latent",
+        }
+        if masked:
+            look_ahead = {"num_candidates": args.num_candidates, "num_passes": args.num_passes}
+            code = pipe(mask_image=masks, **call, **look_ahead).images
+            source_code = pipe.prepare_generation(prompts, sources, masks).code
+            num_kept += int(((code == source_code) | (source_code == 0)).all(dim=(1, 2, 3)).sum())
+            images = pipe.decode_onto_source(code, sources, masks)
+        else:
+            images = pipe.decode_latents(pipe(**call).images, "pil", None)
+        for edit, seed, image in zip(batch, seeds, images, strict=True):
+            category = world.parse(edit.prompt).category
+            reason = world.judge(image, edit.prompt).reason
+            rated.append(Rated(category, edit.prompt, seed, show_edit(edit, image), reason))
+    report(rated, settings, args)
+    if masked:
+        print(f"Of {num_kept} of {len(edits)} pictures every bit that was not masked is the source's")
 
 
 def evaluate_fid(args: argparse.Namespace) -> None:
@@ -137,7 +206,7 @@ def evaluate_digits(args: argparse.Namespace) -> None:
     """
     if args.pictures_per_class < 1:
         raise ValueError(f"`pictures_per_class` has to be at least 1, but is {args.pictures_per_class}.")
-    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline)
+    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline, args.lora)
     if pipe.transformer.config.num_classes != NUM_CLASSES:
         raise ValueError(f"`model` has to have {NUM_CLASSES} classes, but has {pipe.transformer.config.num_classes}.")
     pipe.set_progress_bar_config(disable=True)
@@ -175,6 +244,84 @@ def evaluate_digits(args: argparse.Namespace) -> None:
         print(args.grid)
 
 
+def evaluate_icon_choices(args: argparse.Namespace) -> None:
+    """How often the model's own score finds the prompt of a drawn picture among others, which the checker finds wrong.
+
+    Raises:
+        ValueError: for a model that does not load, or numbers out of range.
+    """
+    if args.num_pictures < 1 or args.num_prompts < 2:
+        raise ValueError("`num_pictures` has to be at least 1 and `num_prompts` at least 2.")
+    world, rng = IconWorld(), np.random.default_rng(args.seed)
+    texts = {category: [prompt.text for prompt in world.held_out_prompts[category]] for category in CATEGORIES}
+    pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
+    right = {category: [] for category in CATEGORIES}
+    for index in tqdm(range(args.num_pictures), unit="picture"):
+        category = CATEGORIES[index % len(CATEGORIES)]
+        others = texts[category] if args.same_category else [text for same in texts.values() for text in same]
+        prompt = str(rng.choice(texts[category]))
+        image = world.draw(prompt, rng)
+        wrong = [text for text in rng.permutation(others).tolist() if text != prompt and not world.check(image, text)]
+        scores = pipe.score(image, [prompt, *wrong[: args.num_prompts - 1]], **score_settings(args)).mean(dim=1)
+        right[category].append(int(scores.argmax()) == 0)
+    scores = {category: wilson_score(sum(found), len(found)) for category, found in right.items() if found}
+    scores["all"] = wilson_score(sum(map(sum, right.values())), args.num_pictures)
+    report_choices(scores, {"num_prompts": args.num_prompts, "same_category": args.same_category}, args)
+
+
+def evaluate_digit_choices(args: argparse.Namespace) -> None:
+    """How often the model's own score finds the class of a real digit that was held out.
+
+    Raises:
+        ImportError: without the package of the real digits.
+        ValueError: for a model that does not load, or numbers out of range.
+    """
+    pictures, labels = read_digits()
+    held_out = np.flatnonzero(is_held_out(labels))
+    if not 1 <= args.num_pictures <= len(held_out):
+        raise ValueError(f"`num_pictures` is {args.num_pictures}; it has to be from 1 to {len(held_out)}.")
+    # As many of every class: the package has the digits in the order of their classes.
+    chosen = held_out[np.arange(args.num_pictures) * len(held_out) // args.num_pictures]
+    pipe = load_pipeline(args.model, args.dtype, args.device, BitDanceClassPipeline, args.lora)
+    seen = []
+    for start in tqdm(range(0, len(chosen), args.batch_size), unit="batch"):
+        images = [
+            Image.fromarray(picture).convert("RGB") for picture in pictures[chosen[start : start + args.batch_size]]
+        ]
+        with torch.no_grad():
+            code = pipe.vae.encode(pipe.image_processor.preprocess(images).to(pipe.device, pipe.dtype)).code
+        scores = [pipe.score(code, label, **score_settings(args)).mean(dim=1) for label in range(NUM_CLASSES)]
+        seen += torch.stack(scores).argmax(dim=0).tolist()
+    scores = {}
+    for label in range(NUM_CLASSES):
+        found = [one == label for one, asked in zip(seen, labels[chosen], strict=True) if asked == label]
+        scores[str(label)] = wilson_score(sum(found), len(found))
+    scores["all"] = wilson_score(sum(map(int.__eq__, seen, labels[chosen].tolist())), len(chosen))
+    report_choices(scores, {}, args)
+
+
+def score_settings(args: argparse.Namespace) -> dict[str, int | float]:
+    return {name: getattr(args, name) for name in ("num_times", "num_draws", "num_passes", "bit_flip_probability")}
+
+
+def report_choices(scores: dict[str, Score], settings: dict, args: argparse.Namespace) -> None:
+    print_scores("of", scores)
+    if args.json:
+        settings |= {"model": args.model, "seed": args.seed} | score_settings(args)
+        write_json(args.json, {"settings": settings, "scores": {name: vars(score) for name, score in scores.items()}})
+
+
+def add_score_arguments(parser: argparse.ArgumentParser, num_pictures: int) -> None:
+    parser.add_argument("--num_pictures", type=int, default=num_pictures)
+    parser.add_argument("--num_times", type=int, default=8, help="times that the score is averaged over")
+    parser.add_argument("--num_draws", type=int, default=2, help="draws of noise at each time")
+    parser.add_argument("--num_passes", type=int, default=1, help="passes, each with flipped bits of its own")
+    parser.add_argument("--bit_flip_probability", type=float, default=0.0, help="of the bits that are fed back")
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures and prompts")
+    parser.add_argument("--json", type=Path, help="a file for the scores")
+
+
 def add_report_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
         "--pictures_per_category", type=int, default=100, help="or a few more, so that all count alike"
@@ -194,6 +341,13 @@ def main(arguments: list[str] | None = None) -> None:
     add_model_arguments(command)
     command.add_argument("--num_inference_steps", type=int, help="the model's own default where it is not given")
     command.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
+    command.add_argument("--new_shape", choices=NEW_SHAPES, help="only prompts that name this shape, which is new")
+    command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=CATEGORIES, metavar="CATEGORY")
+    command.add_argument(
+        "--best_of", type=int, default=1, help="candidates of each picture, chosen by the model's score"
+    )
+    command.add_argument("--num_candidates_per_row", type=int, default=1, help="candidates of each row of patches")
+    command.add_argument("--num_kept_per_row", type=int, default=1, help="how many of them go on")
     add_report_arguments(command, batch_size=32)
 
     command = commands.add_parser("icons-tokenizer", help="score the reconstructions of a BitDanceTokenizer")
@@ -202,6 +356,19 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     command.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the first accelerator where there is one")
     add_report_arguments(command, batch_size=64)
+
+    command = commands.add_parser("icons-edits", help="score how a pipeline of the icon world edits pictures")
+    command.set_defaults(evaluate=evaluate_icon_edits)
+    command.add_argument("kind", choices=EDITS, help="replace an icon, extend downwards, or recolor by image to image")
+    add_model_arguments(command)
+    command.add_argument("--num_edits", type=int, default=200)
+    command.add_argument("--strength", type=float, help="the pipeline's own default where it is not given")
+    command.add_argument("--num_candidates", type=int, default=1, help="of which the best is kept; not for recolor")
+    command.add_argument("--num_passes", type=int, default=0, help="over the masked patches; not for recolor")
+    command.add_argument("--batch_size", type=int, default=20)
+    command.add_argument("--seed", type=int, default=0, help="of the edits and of the first picture")
+    command.add_argument("--json", type=Path, help="a file for the scores and every picture's prompt, seed and fault")
+    command.add_argument("--grid", type=Path, help="a file for a sheet of the sources and the pictures")
 
     command = commands.add_parser(
         "fid", help="FID, Inception score, precision and recall of pictures, by torch-fidelity"
@@ -235,6 +402,21 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next seed")
     command.add_argument("--json", type=Path, help="a file for the scores and the class seen in every picture")
     command.add_argument("--grid", type=Path, help="a file for a sheet of all the pictures, a row for each class")
+
+    command = commands.add_parser("icon-choices", help="how often the model's score finds a picture's prompt")
+    command.set_defaults(evaluate=evaluate_icon_choices, grid=None)
+    add_model_arguments(command)
+    command.add_argument("--num_prompts", type=int, default=8, help="prompts to choose among, one of them right")
+    command.add_argument(
+        "--same_category", action="store_true", help="the wrong prompts are of the right one's category"
+    )
+    add_score_arguments(command, num_pictures=200)
+
+    command = commands.add_parser("digit-choices", help="how often the model's score finds a real digit's class")
+    command.set_defaults(evaluate=evaluate_digit_choices, grid=None)
+    add_model_arguments(command)
+    command.set_defaults(model=str(SHIPPED_MODEL.parent / "digits-32"))
+    add_score_arguments(command, num_pictures=500)
 
     args = parser.parse_args(arguments)
     try:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from bitdance_diffusers import BitDancePipeline
+from data.text_files import read_lines
 from drawing.models import SHIPPED_MODEL, add_model_arguments, load_pipeline
 from drawing.pictures import make_grid, save_image
 
@@ -44,9 +45,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise ValueError("`prompt` and `prompt_file` are both given; give one of them.")
     if args.prompt_file:
         try:
-            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"`prompt_file` cannot be read: {args.prompt_file}: {error}") from error
+            lines = read_lines(args.prompt_file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`prompt_file` cannot be read: {error}") from error
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"`prompt_file` has no prompts: {args.prompt_file}")
@@ -73,8 +74,9 @@ def check_output(output: Path) -> None:
 
 
 def is_picture(output: Path) -> bool:
-    """Whether `output` names a picture; otherwise it names a folder."""
-    return output.suffix != "" and not output.is_dir()
+    """Whether `output` names a picture; otherwise it names a folder, such as `runs/icons-0.5`."""
+    ending = output.suffix.lower()
+    return not output.is_dir() and (ending[1:].isalpha() or ending in Image.registered_extensions())
 
 
 def draw(pipe: BitDancePipeline, prompts: list[str], args: argparse.Namespace) -> list[Image.Image]:
@@ -142,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"`seed` has to be from 0 to {2**32 - 1}, but is {args.seed}.")
         check_output(args.output)
         prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_images_per_prompt)]
-        pipe = load_pipeline(args.model, args.dtype, args.device)
+        pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
         images = draw(pipe, prompts, args)
     except ValueError as error:
         parser.error(str(error))

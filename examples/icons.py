@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from icon_world.dataset import write_image_folder
+from icon_world.new_shape import NEW_SHAPES
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -16,9 +17,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write; it must not exist")
     parser.add_argument("--num_pictures", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--new_shape", choices=NEW_SHAPES, help="only pictures of this shape, which is new")
     args = parser.parse_args(arguments)
     try:
-        write_image_folder(args.output_dir, args.num_pictures, args.seed)
+        write_image_folder(args.output_dir, args.num_pictures, args.seed, args.new_shape)
     except (ValueError, FileExistsError, ImportError) as error:
         parser.error(str(error))
     print(f"{args.num_pictures} pictures in {args.output_dir}")

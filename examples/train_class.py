@@ -5,23 +5,30 @@
         --num_train_epochs 800 --use_ema --mixed_precision bf16 --output_dir runs/bitdance-b-4x
 
 --train_data_dir has a subfolder for each class, whose sorted names become the pipeline's `label_names`. At the end
---output_dir is a pipeline folder. The defaults of the optimizer and the objective are those that the released models
-were trained with, on 8 processes: a batch of 1024 in all. The large and the huge model take --bit_flip_probability
-0.05. How much their weights decayed the release does not say; 0.05 is LlamaGen's (arXiv 2406.06525).
+--output_dir is a pipeline folder. With --rank a LoRA is trained in place of all weights (`train_t2i_lora.py` says
+more), and its file is in --output_dir at the end.
+
+The defaults of the optimizer and the objective are those that the released models were trained with, on 8 processes: a
+batch of 1024 in all. The large and the huge model take --bit_flip_probability 0.05. How much their weights decayed the
+release does not say; 0.05 is LlamaGen's (arXiv 2406.06525).
 """
 
 import argparse
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDanceClassPipeline, BitDanceClassTransformer
 from bitdance_diffusers.pipelines.pipeline_bitdance_class import GUIDANCE_SCHEDULES
 from bitdance_diffusers.training.objective import choose_dropped, class_to_image_loss
 from data.sources import load_labelled_pictures
+from training.arguments import parse_arguments
 from training.checkpoints import find_checkpoint
+from training.lora import add_adapter, add_lora_arguments, check_lora_arguments, load_base
+from training.picture_run import TransformerTraining
 from training.transformer_run import (
-    TransformerTraining,
+    add_from_scratch_arguments,
     add_transformer_arguments,
     check_probability,
     check_transformer_arguments,
@@ -38,6 +45,7 @@ logger = get_logger(__name__)
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_transformer_arguments(parser)
+    add_from_scratch_arguments(parser)
     parser.set_defaults(train_batch_size=128, learning_rate=6e-4, adam_weight_decay=0.05, diff_batch_mul=4)
     classes = parser.add_argument_group("classes")
     classes.add_argument("--label_column", default="label", help="column of --dataset_name with the classes")
@@ -46,19 +54,24 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     classes.add_argument(
         "--guidance_schedule", choices=GUIDANCE_SCHEDULES, help="of validation; also the saved pipeline's default"
     )
-    args = parser.parse_args(arguments)
-    try:
-        check_transformer_arguments(args, ("transformer_config", "vae_path"))
-        check_probability(args, "label_dropout")
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    add_lora_arguments(parser)
+    return parse_arguments(parser, arguments, check_args)
 
 
-def load_pipeline(args: argparse.Namespace, label_names: list[str]) -> BitDanceClassPipeline:
+def check_args(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` that names the argument."""
+    check_transformer_arguments(args, ("transformer_config", "vae_path"))
+    check_probability(args, "label_dropout")
+    if args.rank is not None:
+        check_lora_arguments(args)
+        if args.pretrained_model_name_or_path is None:
+            raise ValueError("--rank makes a LoRA, which needs --pretrained_model_name_or_path.")
+
+
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, label_names: list[str]) -> BitDanceClassPipeline:
     """
-    The pipeline to train, in float32, for classes of those names: a new transformer with the given `vae`, or the
-    components and defaults of a pretrained pipeline.
+    The pipeline to train for classes of those names: a new transformer with the given `vae`, or the components and
+    defaults of a pretrained pipeline, in float32 or as the base of a LoRA.
     """
     if args.pretrained_model_name_or_path is None:
         components = {
@@ -68,7 +81,10 @@ def load_pipeline(args: argparse.Namespace, label_names: list[str]) -> BitDanceC
         }
         defaults = {}
     else:
-        pretrained = load_pretrained(args, BitDanceClassPipeline)
+        if args.rank is None:
+            pretrained = load_pretrained(args, BitDanceClassPipeline)
+        else:
+            pretrained = load_base(args, accelerator, BitDanceClassPipeline)
         components = pretrained.components
         defaults = {name: value for name, value in pretrained.config.items() if name.startswith("default_")}
         if pretrained.config.label_names not in (None, label_names):
@@ -109,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     accelerator = create_accelerator(args)
     pictures, label_names = load_labelled_pictures(args, args.label_column)
-    pipeline = load_pipeline(args, label_names)
+    pipeline = load_pipeline(args, accelerator, label_names)
     check_pipeline(args, pipeline)
     register_defaults(
         pipeline,
@@ -118,6 +134,8 @@ def main(args: argparse.Namespace) -> None:
         guidance_schedule=args.guidance_schedule,
     )
     validation_labels = find_validation_labels(args, pipeline)
+    if args.rank is not None:
+        add_adapter(args, pipeline.transformer)
 
     # 2. Model, optimizer, codes
     config = pipeline.transformer.config
@@ -137,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
     # 3. Train
     for batch, code, draws in run.batches():
         dropped = choose_dropped(len(code), args.label_dropout, draws)
-        class_labels = torch.where(dropped, config.num_classes, batch["label"]).to(code.device)
+        class_labels = torch.where(dropped, config.num_classes, batch["label"])
         loss = class_to_image_loss(
             run.transformer,
             pipeline.scheduler,
@@ -150,9 +168,8 @@ def main(args: argparse.Namespace) -> None:
         )
         run.optimize(loss)
 
-    # 4. The trained pipeline
-    size = f"{args.resolution} x {args.resolution}"
-    run.finish(f"A BitDance class-to-image pipeline, trained by `train_class.py` at {size}.", ["class-to-image"])
+    # 4. What was trained
+    run.finish(["class-to-image"], args.validation_labels, repr((validation_labels or [0])[:1]))
 
 
 if __name__ == "__main__":

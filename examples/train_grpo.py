@@ -26,16 +26,23 @@ from diffusers import DiffusionPipeline
 from bitdance_diffusers import BitDancePipeline
 from bitdance_diffusers.training.policy import RATIO_LEVELS
 from bitdance_diffusers.training.rollouts import ROLLOUT_NOISES
+from drawing.models import DTYPES
 from rewards.loading import load_reward
-from training.arguments import check_at_least, check_run_arguments, list_flags
+from training.arguments import check_at_least, check_run_arguments, list_flags, parse_arguments
 from training.checkpoints import find_checkpoint
+from training.lora import LORA_LAYERS, add_adapter, add_lora_arguments, check_lora_arguments, load_base
 from training.policy_run import ClassLabels, PolicyTraining, TextPrompts
 from training.transformer_run import Pipeline, add_model_arguments, create_accelerator, load_pretrained
+
+HEAD_LORA_LAYERS = ("to_qkv", "attn.to_out", "ff.linear_in", "ff.linear_out")  # of its blocks
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
+    parser.add_argument("--save_dtype", choices=list(DTYPES), default="float32", help="of the saved transformer")
+    add_lora_arguments(parser)
+    parser.set_defaults(lora_layers=",".join(LORA_LAYERS + HEAD_LORA_LAYERS))
     parser.set_defaults(max_train_steps=200, learning_rate=1e-5, checkpointing_steps=20, validation_steps=20)
     parser.set_defaults(gradient_accumulation_steps=None)
     asked = parser.add_argument_group(
@@ -78,7 +85,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
 
     policy = parser.add_argument_group("objective")
-    policy.add_argument("--lora_rank", type=int, help="train LoRA layers of that rank in place of the transformer")
     policy.add_argument("--kl_weight", type=float, default=0.01, help="reward per nat of divergence from the start")
     policy.add_argument("--clip_range", type=float, default=0.2, help="of importance ratios, about 1")
     policy.add_argument("--ratio_level", choices=RATIO_LEVELS, default="step", help="what one ratio is of")
@@ -86,12 +92,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     policy.add_argument(
         "--num_inner_epochs", type=int, default=1, help="times an iteration's pictures are learnt from"
     )
-    args = parser.parse_args(arguments)
-    try:
-        check_args(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return parse_arguments(parser, arguments, check_args)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -104,11 +105,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--icon_weights weighs the prompts of --icons, which is not given.")
     if args.score is None and args.score_arguments:
         raise ValueError("--score_arguments are of a --score, which is not given.")
-    if args.lora_rank is not None and (args.use_ema or args.optimizer == "muon"):
-        raise ValueError("--lora_rank does not go with --use_ema or --optimizer muon.")
+    if args.rank is not None:
+        check_lora_arguments(args)
     check_at_least(
         args, 1, "num_validation_prompts", "num_validation_images", "num_prompts", "rollout_batch_size",
-        "rollout_steps", "window_size", "lora_rank", "num_inner_epochs",
+        "rollout_steps", "window_size", "num_inner_epochs",
     )  # fmt: skip
     check_at_least(args, 2, "num_images_per_prompt")
     for name in ("rollout_guidance_scale", "kl_weight"):
@@ -186,7 +187,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator = create_accelerator(args)
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("Rollouts are drawn with whole weights, which FSDP leaves no process.")
-    pipeline = load_pretrained(args, DiffusionPipeline)
+    if args.rank is None:
+        pipeline = load_pretrained(args, DiffusionPipeline)
+    else:
+        pipeline = load_base(args, accelerator, DiffusionPipeline)
     if pipeline.transformer.config.get("use_lm_head"):
         pipeline.transformer.lm_head.requires_grad_(False)  # it would learn from text alone
     prompts = find_prompts(args, pipeline)
@@ -194,13 +198,13 @@ def main(args: argparse.Namespace) -> None:
     score = reward if args.score is None else load_reward(args.score, args.score_arguments)
 
     # 2. Train
+    if args.rank is not None:
+        add_adapter(args, pipeline.transformer)
     run = PolicyTraining(args, accelerator, pipeline, prompts, reward, score, checkpoint)
     run.train()
 
-    # 3. The trained pipeline
-    kind = "pipeline" if args.lora_rank is None else "LoRA"
-    tags = prompts.tags if args.lora_rank is None else [*prompts.tags, "lora"]
-    run.finish(f"A BitDance {kind}, reinforced by `train_grpo.py` with the reward `{args.reward}`.", tags)
+    # 3. What was trained
+    run.finish(prompts.tags, [str(prompt) for prompt in run.asked], repr(run.asked[0]))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,13 @@ released models were fine-tuned with.
 """
 
 import argparse
-from functools import lru_cache
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch.utils.data import default_collate
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTransformer
@@ -22,10 +26,12 @@ from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, uncondition
 from bitdance_diffusers.training.objective import choose_dropped, text_to_image_loss
 from data.sources import load_pictures
 from icon_world.world import parse_icon_weights
-from training.arguments import add_icons_argument
+from training.arguments import add_icons_argument, parse_arguments
 from training.checkpoints import find_checkpoint
+from training.dreambooth import add_dreambooth_arguments, check_dreambooth_arguments, load_class_pictures
+from training.picture_run import TransformerTraining
 from training.transformer_run import (
-    TransformerTraining,
+    add_from_scratch_arguments,
     add_transformer_arguments,
     check_probability,
     check_transformer_arguments,
@@ -36,14 +42,32 @@ from training.transformer_run import (
     register_defaults,
 )
 
+MAX_KEPT_PROMPTS = 2**16
+
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_transformer_arguments(parser)
-    parser.set_defaults(resolution=512, learning_rate=1e-5, adam_epsilon=1e-15)
-    parser.set_defaults(lr_scheduler="constant_with_warmup", lr_warmup_steps=2000)
+    add_from_scratch_arguments(parser)
+    parser.add_argument(
+        "--tokenizer_path", help="with --transformer_config: folder or repository of the text tokenizer"
+    )
+    add_text_to_image_arguments(parser)
+    parser.set_defaults(learning_rate=1e-5, lr_scheduler="constant_with_warmup", lr_warmup_steps=2000)
+    return parse_arguments(parser, arguments, check_args)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` that names the argument, and parses --icon_weights."""
+    check_transformer_arguments(args, ("transformer_config", "vae_path", "tokenizer_path"))
+    check_text_to_image_arguments(args)
+
+
+def add_text_to_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the pictures, their texts and the objective, and the original's settings."""
+    parser.set_defaults(resolution=512, adam_epsilon=1e-15)
+    add_dreambooth_arguments(parser)
     text = parser.add_argument_group("text")
-    text.add_argument("--tokenizer_path", help="with --transformer_config: folder or repository of the text tokenizer")
     text.add_argument("--caption_column", default="text")
     add_icons_argument(text)
     text.add_argument(
@@ -52,23 +76,22 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     text.add_argument(
         "--smaller_icons", type=float, default=0.0, help="share of --icons drawn as small as among more of them"
     )
+    text.add_argument(
+        "--max_sequence_length", type=int, default=1024, help="most tokens of a caption in its frame; more is an error"
+    )
     text.add_argument("--proportion_empty_prompts", type=float, default=0.1, help="share of prompts dropped")
     text.add_argument("--text_loss_weight", type=float, help="0.01 by default, 0 for a transformer without `lm_head`")
     text.add_argument("--validation_prompts", "--validation_prompt", nargs="+", default=[])
-    args = parser.parse_args(arguments)
-    try:
-        check_args(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
 
 
-def check_args(args: argparse.Namespace) -> None:
+def check_text_to_image_arguments(args: argparse.Namespace) -> None:
     """Raises a `ValueError` that names the argument, and parses --icon_weights."""
-    check_transformer_arguments(args, ("transformer_config", "vae_path", "tokenizer_path"))
+    check_dreambooth_arguments(args)
     check_probability(args, "proportion_empty_prompts")
     if args.text_loss_weight is not None and args.text_loss_weight < 0:
         raise ValueError(f"--text_loss_weight has to be at least 0 but is {args.text_loss_weight}.")
+    if args.max_sequence_length < 1:
+        raise ValueError(f"--max_sequence_length has to be at least 1 but is {args.max_sequence_length}.")
     if args.icon_weights and args.icons is None:
         raise ValueError("--icon_weights weighs the pictures of --icons, which is not given.")
     check_probability(args, "smaller_icons")
@@ -111,35 +134,83 @@ def check_pipeline(args: argparse.Namespace, pipeline: BitDancePipeline) -> None
         )
 
 
+def check_caption(text: str, tokenizer: PreTrainedTokenizerBase, max_sequence_length: int) -> None:
+    """
+    Raises:
+        ValueError: if the pipeline would refuse the text as a prompt.
+    """
+    length = len(prompt_ids(tokenizer, text, "caption"))
+    if length > max_sequence_length:
+        raise ValueError(
+            f"it is {length} tokens long in its frame; --max_sequence_length allows {max_sequence_length}."
+        )
+
+
 class PromptFrames:
     """
-    Captions -> `input_ids`, `attention_mask` (B, L), padded on the left: each in its frame, or the unconditional one
-    where it is dropped, and the tokens in front of the picture.
+    Makes batches of items with a "text": in its place `input_ids` (B, L) and `attention_mask` (B, L), padded on the
+    left: each prompt in its frame, and the tokens in front of the picture. `unconditional_ids` (L,) and
+    `unconditional_mask` (L,) are those of the frame without a prompt, which is shorter than any with one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, start_ids: list[int]) -> None:
-        self.framed = lru_cache(maxsize=2**16)(lambda text: prompt_ids(tokenizer, text) + start_ids)
+        self.tokenizer = tokenizer
+        self.start_ids = start_ids
         self.unconditional = unconditional_ids(tokenizer) + start_ids
+        self._framed: dict[str, list[int]] = {}
 
-    def __call__(self, texts: list[str], dropped: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [self.unconditional if drop else self.framed(text) for text, drop in zip(texts, dropped, strict=True)]
+    def framed(self, text: str) -> list[int]:
+        """The ids of a prompt, kept for the next time."""
+        if text not in self._framed:
+            if len(self._framed) == MAX_KEPT_PROMPTS:
+                self._framed.clear()
+            self._framed[text] = prompt_ids(self.tokenizer, text) + self.start_ids
+        return self._framed[text]
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [self.framed(item["text"]) for item in items] + [self.unconditional]
         longest = max(map(len, rows))
         input_ids = torch.tensor([row[:1] * (longest - len(row)) + row for row in rows])
-        length = torch.tensor([len(row) for row in rows])
-        return input_ids, torch.arange(longest) >= longest - length[:, None]
+        mask = torch.arange(longest) >= longest - torch.tensor([len(row) for row in rows])[:, None]
+        batch = default_collate([{name: item[name] for name in item if name != "text"} for item in items])
+        batch |= {"input_ids": input_ids[:-1], "attention_mask": mask[:-1]}
+        return batch | {"unconditional_ids": input_ids[-1], "unconditional_mask": mask[-1]}
 
 
 def main(args: argparse.Namespace) -> None:
-    # 1. Everything that can be wrong with the arguments is found before anything is written
+    # Everything that can be wrong with the arguments is found before anything is written
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     accelerator = create_accelerator(args)
     pipeline = load_pipeline(args)
     check_pipeline(args, pipeline)
     register_defaults(pipeline, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+    train("train_t2i", args, accelerator, pipeline, checkpoint)
+
+
+def train(
+    name: str,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: BitDancePipeline,
+    checkpoint: Path | None,
+) -> None:
+    """
+    Train what of the pipeline's transformer requires a gradient.
+
+    Args:
+        name (`str`): of the script.
+        args, accelerator, pipeline, checkpoint: as of [`TransformerTraining`].
+
+    Raises:
+        ValueError: for pictures or captions that are missing or broken.
+    """
+    # 1. Pictures
     transformer, patch_size = pipeline.transformer, pipeline.transformer.config.patch_size
     side = args.resolution // pipeline.vae_scale_factor
     frames = PromptFrames(pipeline.tokenizer, picture_start_ids(pipeline.tokenizer, side, side, patch_size))
-    pictures = load_pictures(args, args.caption_column, args.icon_weights, args.smaller_icons)
+    check_length = partial(check_caption, tokenizer=pipeline.tokenizer, max_sequence_length=args.max_sequence_length)
+    pictures = load_pictures(args, args.caption_column, args.icon_weights, args.smaller_icons, check_length)
+    class_pictures = load_class_pictures(args, accelerator, pipeline) if args.with_prior_preservation else None
 
     # 2. Model, optimizer, codes. The output layer for text learns from the text loss alone.
     text_loss_weight = args.text_loss_weight
@@ -154,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
         "num_images_per_prompt": args.num_validation_images,
     }
     run = TransformerTraining(
-        "train_t2i",
+        name,
         args,
         accelerator,
         pipeline,
@@ -163,32 +234,38 @@ def main(args: argparse.Namespace) -> None:
         checkpoint,
         validation if args.validation_prompts else None,
         len(args.validation_prompts),
+        frames,
+        class_pictures,
     )
+    row_weights = None
+    if class_pictures is not None:  # each stands after a picture: the sum of both means is the mean of twice each
+        pair = torch.tensor([2.0, 2.0 * args.prior_loss_weight], device=accelerator.device)
+        row_weights = pair.repeat(args.train_batch_size)
 
     # 3. Train
     for batch, code, draws in run.batches():
-        dropped = choose_dropped(len(code), args.proportion_empty_prompts, draws)
-        input_ids, attention_mask = frames(batch["text"], dropped.tolist())
+        dropped = choose_dropped(len(code), args.proportion_empty_prompts, draws)[:, None]
+        input_ids = torch.where(dropped, batch["unconditional_ids"], batch["input_ids"])
+        attention_mask = torch.where(dropped, batch["unconditional_mask"], batch["attention_mask"])
         losses = text_to_image_loss(
             run.transformer,
             pipeline.scheduler,
-            input_ids.to(code.device),
-            attention_mask.to(code.device),
+            input_ids,
+            attention_mask,
             code,
             patch_size,
             draws,
             args.bit_flip_probability,
             args.diff_batch_mul,
             text_loss_weight,
+            row_weights,
         )
         parts = {"vision_loss": losses.vision_loss, "text_loss": losses.text_loss}
         run.optimize(losses.loss, parts if losses.text_loss is not None else {})
 
-    # 4. The trained pipeline
-    description = (
-        f"A BitDance text-to-image pipeline, trained by `train_t2i.py` at {args.resolution} x {args.resolution}."
-    )
-    run.finish(description, ["text-to-image"])
+    # 4. What was trained
+    prompt = (args.validation_prompts or [pictures[0]["text"]])[0]
+    run.finish(["text-to-image"], args.validation_prompts, repr(prompt))
 
 
 if __name__ == "__main__":

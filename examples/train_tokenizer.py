@@ -36,16 +36,19 @@ from training.arguments import (
     add_run_arguments,
     check_picture_arguments,
     check_run_arguments,
+    loggable,
+    parse_arguments,
     training_configuration,
 )
 from training.checkpoints import Checkpoints, find_checkpoint
-from training.hub_upload import push_to_hub, save_model_card
+from training.hub_upload import open_repository, push_to_hub, repository_name
+from training.model_card import name_pictures, save_model_card
 from training.optimization import (
-    check_finite,
-    clip_gradients,
+    Steps,
     create_accelerator,
     create_lr_scheduler,
     create_optimizer,
+    step_optimizer,
 )
 from training.randomness import random_generator
 from training.reports import StepTimer, image_grid, log_image
@@ -92,12 +95,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     validation.add_argument(
         "--num_validation_images", type=int, default=64, help="the last so many pictures, which are not trained on"
     )
-    args = parser.parse_args(arguments)
-    try:
-        check_args(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return parse_arguments(parser, arguments, check_args)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -239,13 +237,15 @@ def main(args: argparse.Namespace) -> None:
         tokenizer={name: value for name, value in tokenizer.config.items() if not name.startswith("_")},
         num_pictures=len(pictures),
     )
-    first_step = 0 if checkpoint is None else Checkpoints.check(checkpoint, configuration)
+    first_step = 0 if checkpoint is None else Checkpoints.check(checkpoint, configuration, args.skip_checksums)
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = open_repository(args)
 
     # 2. Models, optimizers
     discriminator = reconstruction.PatchDiscriminator(tokenizer.config.out_channels) if args.gan_weight > 0 else None
     ema = EMAModel(tokenizer.parameters(), decay=args.ema_decay) if args.use_ema else None
     model = Autoencoder(tokenizer, args.bit_flip)
-    num_steps = count_steps(args, num_train, accelerator.num_processes)
+    num_steps = args.max_train_steps or count_steps(args, num_train, accelerator.num_processes, args.num_train_epochs)
     model, optimizer = accelerator.prepare(model, create_optimizer(args, model.parameters()))
     lr_scheduler = create_lr_scheduler(args, optimizer.optimizer, num_steps)
     trained = [model]
@@ -256,13 +256,14 @@ def main(args: argparse.Namespace) -> None:
         trained.append(discriminator)
     if ema is not None:
         ema.to(accelerator.device)
+    steps = Steps(accelerator, args.max_skipped_steps)
     checkpoints = Checkpoints(
-        accelerator, args.output_dir, configuration, lr_scheduler, ema, args.checkpoints_total_limit
+        accelerator, args.output_dir, configuration, lr_scheduler, ema, args.checkpoints_total_limit, steps
     )
     if checkpoint is not None:
         checkpoints.load(checkpoint)
     if args.report_to != "none":
-        accelerator.init_trackers("train_tokenizer", config={name: str(value) for name, value in vars(args).items()})
+        accelerator.init_trackers("train_tokenizer", config=loggable(args))
 
     # 3. Pictures: the last are for validation
     dataset = CroppedPictures(
@@ -313,37 +314,40 @@ def main(args: argparse.Namespace) -> None:
                 logs["generator"] = -discriminator(fake).mean()
                 discriminator.requires_grad_(True)
                 loss = loss + args.gan_weight * logs["generator"]
-            mean_loss = check_finite(accelerator, "loss", loss, step)
+            logs["loss"] = loss
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                clip_gradients(accelerator, model.parameters(), args.max_grad_norm, step)
-            timer.lap("forward_backward")
-            optimizer.step()
-            optimizer.zero_grad()
-            timer.lap("optimizer")
             if gan:
+                timer.lap("forward_backward")
                 logs["discriminator"] = reconstruction.hinge_loss(discriminator(real), discriminator(fake.detach()))
-                check_finite(accelerator, "discriminator's loss", logs["discriminator"], step)
                 accelerator.backward(logs["discriminator"])
-                if accelerator.sync_gradients:
-                    clip_gradients(accelerator, discriminator.parameters(), args.max_grad_norm, step)
-                discriminator_optimizer.step()
-                discriminator_optimizer.zero_grad()
                 timer.lap("discriminator")
+            steps.add(logs)
+            if accelerator.sync_gradients:
+                norms = {"gradient_norm": accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)}
+                if gan:
+                    norms["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
+                        discriminator.parameters(), args.max_grad_norm
+                    )
+                values, finite = steps.read(step, norms)
+                timer.lap("forward_backward")
+                step_optimizer(accelerator, optimizer, finite)
+                if gan:
+                    step_optimizer(accelerator, discriminator_optimizer, finite)
         if not accelerator.sync_gradients:
+            timer.lap("forward_backward")
             continue
 
         # A step is done
         lr_scheduler.step()
-        if ema is not None:
+        if ema is not None and finite:
             ema.step(tokenizer.parameters())
         step += 1
         timer.lap("optimizer")
         speed = per_step * (step - first_step) / sum(timer.seconds[lap] for lap in timer.seconds if lap != "rest")
-        shown = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0], "pictures_per_second": speed}
+        shown = {"loss": values["loss"], "lr": lr_scheduler.get_last_lr()[0], "pictures_per_second": speed}
         progress.update()
-        progress.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-        accelerator.log({**shown, **{name: value.item() for name, value in logs.items()}}, step=step)
+        progress.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+        accelerator.log({**values, **shown, "skipped_steps": steps.skipped}, step=step)
         if step % args.checkpointing_steps == 0:
             checkpoints.save(step)
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == num_steps):
@@ -359,15 +363,21 @@ def main(args: argparse.Namespace) -> None:
         if ema is not None:
             ema.copy_to(tokenizer.parameters())
         tokenizer.eval().save_pretrained(args.output_dir)
-        description = (
-            f"A BitDance tokenizer, trained by `train_tokenizer.py` at {args.resolution} x {args.resolution}."
+        save_model_card(
+            args,
+            f"A BitDance tokenizer, trained at {args.resolution} x {args.resolution} pixels.",
+            ["image-tokenizer"],
+            "from bitdance_diffusers import BitDanceTokenizer\n\n"
+            f'tokenizer = BitDanceTokenizer.from_pretrained("{repository_name(args)}")',
+            name_pictures(args, num_train),
+            step,
+            accelerator.num_processes,
         )
-        save_model_card(args.output_dir, description, args.pretrained_model_name_or_path, ["image-tokenizer"])
-        if args.push_to_hub:
-            push_to_hub(args)
         shares = timer.shares("data", "forward_backward", "optimizer", "discriminator") if step > first_step else {}
         logger.info("Time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        push_to_hub(args, repo_id)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
+import argparse
 import collections
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from convert_class_to_image import convert_class_to_image
-from convert_text_to_image import convert_text_to_image
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
+from bitdance_diffusers.loaders.checkpoint_files import read_pickle
+from bitdance_diffusers.loaders.convert import convert_class_to_image, convert_text_to_image
+
+# Tests run side by side, and fork. Programs that they start follow the variable.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CASES = Path(__file__).parent / "cases"
 ATTENTION_BACKEND, _ = _AttentionBackendRegistry.get_active_backend()
@@ -100,3 +108,130 @@ def class_pipeline(class_pipeline_path):
         return pipeline
 
     return load
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tmp_path_factory):
+    """
+    `hub_cache(repository, folder)`: a cache as the Hub's client leaves it, in which `repository` has the files of
+    `folder`: blobs under names of their own, and links to them in a snapshot.
+    """
+
+    def make(repository, folder):
+        cache = tmp_path_factory.mktemp("cache")
+        root = cache / f"models--{repository.replace('/', '--')}"
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+            blob = root / "blobs" / f"{number:040x}"
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.symlink_to(file.resolve())
+            link = root / "snapshots" / commit / file.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(commit)
+        return cache
+
+    return make
+
+
+@pytest.fixture
+def original(case_path, tmp_path):
+    """A copy of the text-to-image case's checkpoint, whose files are links until a test changes them."""
+    folder = tmp_path / "original"
+    folder.mkdir()
+    for file in (case_path("t2i_p4") / "original").iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.fixture
+def port(case_path, tmp_path):
+    """The same checkpoint in the layout of the community's port to Diffusers."""
+    folder = tmp_path / "port"
+    shutil.copytree(case_path("t2i_p4") / "original_bili", folder)
+    files = {
+        "model.safetensors": "text_encoder/model.safetensors",
+        "projector.safetensors": "projector/diffusion_pytorch_model.safetensors",
+        "vision_head.safetensors": "diffusion_head/diffusion_pytorch_model.safetensors",
+        "ae.safetensors": "autoencoder/diffusion_pytorch_model.safetensors",
+        "tokenizer.json": "tokenizer/tokenizer.json",
+    }
+    for source, destination in files.items():
+        (folder / destination).symlink_to(case_path("t2i_p4") / "original" / source)
+    return folder
+
+
+@pytest.fixture
+def class_original(case_path, tmp_path):
+    """
+    `class_original(name)`: a copy of a class-conditional case's checkpoint (`bitdance.pt`, `ae.pt`,
+    `ae_ddconfig.json`), whose files are links until a test changes them.
+    """
+
+    def copy(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in (case_path(name) / "original").iterdir():
+            (folder / file.name).symlink_to(file)
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def edit_pickle():
+    """`edit_pickle(file, change)` rewrites a pickle with what `change` made of its dictionary."""
+
+    def edit(file, change):
+        content = read_pickle(file, allowed=(argparse.Namespace,))
+        change(content)
+        file.unlink()
+        torch.save(content, file)
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def edit_json():
+    """`edit_json(file, name=value, ...)` sets entries of a JSON file; `...` removes one."""
+
+    def edit(file, **changes):
+        content = {**json.loads(file.read_text()), **changes}
+        file.unlink()
+        file.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def edit_tensors():
+    """`edit_tensors(file, change)` rewrites a safetensors file with what `change` made of its tensors."""
+
+    def edit(file, change):
+        tensors = load_file(file)
+        change(tensors)
+        file.unlink()
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def shard():
+    """`shard(file, count)` splits a safetensors file into shards with an index."""
+
+    def split(file, count):
+        tensors = load_file(file)
+        weight_map = {}
+        for number in range(count):
+            part = dict(list(tensors.items())[number::count])
+            name = f"{file.stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+            save_file(part, file.with_name(name), metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(part, name))
+        file.unlink()
+        index = file.with_name(f"{file.name}.index.json")
+        index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+        return index
+
+    return split

@@ -3,8 +3,11 @@
 Shapes: B images, H x W pixels, C bits per token, h x w tokens with H = h * spatial_compression_ratio.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from ..loaders.original_autoencoder import OriginalAutoencoderMixin
 from .checked_loading import CheckedLoadingMixin
 
 NORM_EPS = 1e-6
@@ -39,7 +43,7 @@ class BitDanceTokenizerOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+class BitDanceTokenizer(CheckedLoadingMixin, OriginalAutoencoderMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     Autoencoder with a binary code (BitDance, arXiv 2602.14041): a convolutional encoder whose output's signs are the
     code, and a convolutional decoder whose group norms at the entrance of every level are modulated by the code's own
@@ -85,6 +89,16 @@ class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, Confi
     ) -> None:
         super().__init__()
         _check_config(self.config)
+        self.register_to_config(  # what a file can hold, were they numbers of NumPy's
+            in_channels=int(in_channels),
+            out_channels=int(out_channels),
+            latent_channels=int(latent_channels),
+            block_out_channels=type(block_out_channels)(int(width) for width in block_out_channels),
+            stem_channels=None if stem_channels is None else int(stem_channels),
+            layers_per_block=int(layers_per_block),
+            norm_num_groups=int(norm_num_groups),
+            patch_size=int(patch_size),
+        )
         self.encoder = BitDanceEncoder(
             in_channels,
             latent_channels,
@@ -217,24 +231,7 @@ class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         Raises:
             ValueError: if `code` has another shape or the list of generators another length than the batch.
         """
-        self._check_code(code)
-        if code.shape[2] * code.shape[3] < 2:
-            raise ValueError(
-                "`code` has to have at least two tokens, because its variance over the tokens is needed, but is of "
-                f"shape {tuple(code.shape)}."
-            )
-        if isinstance(generator, list) and len(generator) != code.shape[0]:
-            raise ValueError(
-                f"`generator` has to be one generator or a list of one per image: {len(generator)} generators were "
-                f"passed for {code.shape[0]} images."
-            )
-        code = code.to(self.dtype)
-        mean, std = _code_statistics(code)
-        if self.config.stochastic_decoder:
-            # Drawn at once for the whole batch, so that slices and tiles see what the whole would see.
-            noise = randn_tensor(code.shape, generator=generator, device=code.device, dtype=torch.float32)
-            code = torch.cat([code, noise.to(code.dtype)], dim=1)
-
+        code, mean, std = self._prepare_code(code, generator)
         if self.use_slicing and code.shape[0] > 1:
             slices = zip(code.split(1), mean.split(1), std.split(1), strict=True)
             sample = torch.cat([self._decode(*one) for one in slices])
@@ -244,6 +241,42 @@ class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         if not return_dict:
             return (sample,)
         return DecoderOutput(sample=sample)
+
+    @apply_forward_hook
+    def decode_region(
+        self,
+        code: torch.Tensor,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        margin: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Decode a part of a code: its tokens of the rows and columns from the first number to before the second.
+
+        The part is decoded with `margin` tokens around it, where there are as many, and cut out. That is an
+        approximation of the same part of the whole picture: the adaptive norms take the statistics of the whole code,
+        but every group norm normalises by what it sees.
+
+        Args:
+            code (`torch.Tensor` of shape `(B, C, h, w)`): as [`~.decode`] takes it.
+            rows, columns: in tokens.
+            generator: as [`~.decode`] takes it; noise is drawn for the whole code.
+
+        Returns:
+            `torch.Tensor`: `(B, out_channels, H, W)` of the part.
+
+        Raises:
+            ValueError: if `code` has another shape.
+        """
+        code, mean, std = self._prepare_code(code, generator)
+        (top, bottom), (left, right) = rows, columns
+        first_row, first_column = max(0, top - margin), max(0, left - margin)
+        part = code[:, :, first_row : bottom + margin, first_column : right + margin]
+        sample = self._decode(part, mean, std)
+        ratio = self.spatial_compression_ratio
+        kept_rows = slice((top - first_row) * ratio, (bottom - first_row) * ratio)
+        return sample[:, :, kept_rows, (left - first_column) * ratio : (right - first_column) * ratio]
 
     def forward(
         self,
@@ -301,6 +334,18 @@ class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         bits = bits.flatten(-2)[..., :channels].permute(0, 3, 1, 2)
         return bits.to(self.dtype) * 2 - 1
 
+    def fingerprint(self) -> str:
+        """
+        SHA-256 of weights and config, 64 hexadecimal digits: what a code has to be decoded with. The weights are
+        rounded to bfloat16 first, so that a float32 and a bfloat16 copy have the same.
+        """
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+        return digest.hexdigest()
+
     def _check_images(self, images: torch.Tensor) -> None:
         ratio = self.spatial_compression_ratio
         channels = self.config.in_channels
@@ -316,6 +361,29 @@ class BitDanceTokenizer(CheckedLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         shape = tuple(code.shape)
         if len(shape) != 4 or shape[1] != channels or min(shape) < 1:
             raise ValueError(f"`code` has to be of shape (B, {channels}, h, w) but is of shape {shape}.")
+
+    def _prepare_code(
+        self, code: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the decoder takes: the checked code, beside it a stochastic decoder's noise; its mean and deviation."""
+        self._check_code(code)
+        if code.shape[2] * code.shape[3] < 2:
+            raise ValueError(
+                "`code` has to have at least two tokens, because its variance over the tokens is needed, but is of "
+                f"shape {tuple(code.shape)}."
+            )
+        if isinstance(generator, list) and len(generator) != code.shape[0]:
+            raise ValueError(
+                f"`generator` has to be one generator or a list of one per image: {len(generator)} generators were "
+                f"passed for {code.shape[0]} images."
+            )
+        code = code.to(self.dtype)
+        mean, std = _code_statistics(code)
+        if self.config.stochastic_decoder:
+            # Drawn at once for the whole batch, so that slices and tiles see what the whole would see.
+            noise = randn_tensor(code.shape, generator=generator, device=code.device, dtype=torch.float32)
+            code = torch.cat([code, noise.to(code.dtype)], dim=1)
+        return code, mean, std
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         if self.use_tiling:
@@ -586,7 +654,7 @@ def _check_config(config: dict[str, Any]) -> None:
     ):
         numbers[name] = config[name]
     for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` has to be a positive integer but is {value!r}.")
     for name, width in normalised.items():
         if width % config["norm_num_groups"] != 0:

@@ -1,9 +1,25 @@
-"""Loading that refuses what Diffusers lets through: missing or unknown tensors, wrong shapes, unknown fields."""
+"""Loading that refuses what Diffusers lets through: missing or unknown tensors, wrong shapes, unknown fields, pickles.
 
+And saving that refuses to write a pickle.
+"""
+
+import functools
 import inspect
+import os
+from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError, safe_open
+
+
+def check_safe_serialization(safe_serialization: Any) -> None:
+    """Raises a `ValueError` where a pickle is asked for, which would not load."""
+    if not safe_serialization:
+        raise ValueError(
+            f"`safe_serialization` is {safe_serialization!r}; it has to be True: weights load from safetensors files "
+            "only."
+        )
 
 
 class CheckedLoadingMixin:
@@ -13,6 +29,19 @@ class CheckedLoadingMixin:
     Diffusers only warns about missing and unknown tensors, and a missing one then stays a meta parameter that fails at
     the first call. Goes before `ModelMixin` in a class's bases.
     """
+
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at the signature for what they may pass
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process=True,
+        save_function=None,
+        safe_serialization=True,
+        *args,
+        **kwargs,
+    ) -> None:
+        check_safe_serialization(safe_serialization)
+        super().save_pretrained(save_directory, is_main_process, save_function, True, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: FrozenDict | dict, return_unused_kwargs: bool = False, **kwargs):

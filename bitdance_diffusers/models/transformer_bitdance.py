@@ -17,8 +17,8 @@ from .binary_diffusion_head import BinaryDiffusionHead, predict_patches
 from .block_causal_decoder import (
     BlockCausalDecoder,
     BlockCausalDecoderLayer,
+    BlockCausalMask,
     StaticKVCache,
-    block_causal_mask,
     rotary_1d,
 )
 from .transformer_mixin import BitDanceTransformerMixin, BitDanceTransformerOutput
@@ -123,20 +123,6 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
             head_use_swiglu,
         )
 
-    def allocate_kv_cache(
-        self, row_lengths: list[int], num_patches: int, dtype: torch.dtype, device: torch.device
-    ) -> StaticKVCache:
-        """The cache of one generation: for every row the tokens of its text, and `num_patches` fed back."""
-        return StaticKVCache(
-            self.config.num_layers,
-            self.config.num_key_value_heads,
-            self.config.attention_head_dim,
-            row_lengths,
-            num_patches * self.config.patch_size**2,
-            dtype,
-            device,
-        )
-
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -174,13 +160,17 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
                 first patch (`<|res_w|>` and the queries).
             attention_mask (B, L), bool: False at padding, which is on the left. Not needed with `kv_cache`.
             code (B, K, P, C): finished patches fed back, -1/+1, in generation order.
-            code_positions (K, P, 2): (row, column) of their tokens.
-            condition_positions (K', P, 2): (row, column) of the tokens to predict. The last K' blocks of this call are
-                their condition: K + 1 with a text, one while decoding.
+            code_positions (K, P, 2) or (B, K, P, 2): (row, column) of their tokens.
+            condition_positions (K', P, 2) or (B, K', P, 2): (row, column) of the tokens to predict. The last K' blocks
+                of this call are their condition: K + 1 with a text, one while decoding.
             kv_cache: the cache, extended by the length of this call.
             condition (R, P, D): of a patch, as an earlier call returned it.
             modulations: of one evaluation, each (R, P, G): slices of what an earlier call returned.
             attention_kwargs: `scale` for LoRA, as in Diffusers.
+
+        Raises:
+            ValueError: without `kv_cache` (training) attention is masked, and the backend of `set_attention_backend`
+                takes no mask, as those of flash and sage attention.
         """
         patch_tokens = self.config.patch_size**2
         if input_ids is not None:
@@ -214,7 +204,7 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
             if attention_mask is not None:
                 key_mask = nn.functional.pad(attention_mask, (0, num_tokens - num_text), value=True)
                 position_ids = (position_ids - (~attention_mask).sum(dim=1, keepdim=True)).clamp(min=0)
-            mask = block_causal_mask(
+            mask = BlockCausalMask(
                 num_tokens, num_text - patch_tokens, patch_tokens, key_mask, device=hidden_states.device
             )
         cos, sin = rotary_1d(position_ids, self.config.attention_head_dim, self.config.rope_theta)
@@ -228,7 +218,7 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
             text_logits = self.lm_head(hidden_states[:, :num_text])
 
         # 4. The last blocks, with the position embedding of the tokens that they predict, are the head's condition.
-        num_blocks = condition_positions.shape[0]
+        num_blocks = condition_positions.shape[-3]
         condition = hidden_states[:, num_tokens - num_blocks * patch_tokens :].unflatten(1, (num_blocks, patch_tokens))
         condition = condition + sincos_2d(condition_positions, self.config.hidden_size).to(condition)
 

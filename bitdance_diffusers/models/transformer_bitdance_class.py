@@ -16,8 +16,8 @@ from .binary_diffusion_head import BinaryDiffusionHead, FeedForward, predict_pat
 from .block_causal_decoder import (
     BlockCausalDecoder,
     BlockCausalDecoderLayer,
+    BlockCausalMask,
     StaticKVCache,
-    block_causal_mask,
     rotary_2d,
 )
 from .transformer_mixin import BitDanceTransformerMixin, BitDanceTransformerOutput
@@ -110,22 +110,6 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
             bounded=False,
         )
 
-    def allocate_kv_cache(
-        self, num_rows: int, num_patches: int, dtype: torch.dtype, device: torch.device
-    ) -> StaticKVCache:
-        """The cache of one generation: class and query tokens, and `num_patches` fed back."""
-        patch_tokens = self.config.patch_size**2
-        num_prefix = self.config.num_class_tokens + patch_tokens - 1
-        return StaticKVCache(
-            self.config.num_layers,
-            self.config.num_attention_heads,
-            self.config.hidden_size // self.config.num_attention_heads,
-            [num_prefix] * num_rows,
-            num_patches * patch_tokens,
-            dtype,
-            device,
-        )
-
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -158,13 +142,17 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
                 evaluations, beside `condition`.
             class_labels (B,), int64 in [0, num_classes]; `num_classes` is "no class".
             code (B, F, P, C): finished patches fed back, -1/+1, in generation order.
-            code_positions (F, P, 2): (row, column) of their tokens.
-            condition_indices (F', P), int64: the tokens to predict, counted in generation order. The last F' blocks of
-                this call are their condition: F + 1 with a class, one while decoding.
+            code_positions (F, P, 2) or (B, F, P, 2): (row, column) of their tokens.
+            condition_indices (F', P) or (B, F', P), int64: the tokens to predict, counted in generation order. The
+                last F' blocks of this call are their condition: F + 1 with a class, one while decoding.
             kv_cache: the cache, extended by the length of this call.
             condition (R, P, D): of a patch, as an earlier call returned it.
             modulations: of one evaluation, each (R, P, G): slices of what an earlier call returned.
             attention_kwargs: `scale` for LoRA, as in Diffusers.
+
+        Raises:
+            ValueError: without `kv_cache` (training) attention is masked, and the backend of `set_attention_backend`
+                takes no mask, as those of flash and sage attention.
         """
         if class_labels is None and code is None:
             if noisy_code is None:
@@ -190,14 +178,15 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         # 2. Who sees whom, and where each token stands: picture tokens turn with their place, the others do not
         mask = None
         if kv_cache is None:
-            mask = block_causal_mask(num_tokens, num_prefix - patch_tokens, patch_tokens, None, hidden_states.device)
+            mask = BlockCausalMask(num_tokens, num_prefix - patch_tokens, patch_tokens, None, hidden_states.device)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         cos = hidden_states.new_ones(1, num_prefix, head_dim)
         sin = hidden_states.new_zeros(1, num_prefix, head_dim)
         if code is not None:
-            code_rotary = rotary_2d(code_positions.flatten(0, 1), head_dim, self.config.rope_theta)  # (F P, d) each
+            places = code_positions.flatten(-3, -2).view(-1, code.shape[1] * patch_tokens, 2)  # (1 or B, F P, 2)
+            code_rotary = rotary_2d(places, head_dim, self.config.rope_theta)  # (1 or B, F P, d) each
             cos, sin = (
-                torch.cat([prefix, tensor[None].to(prefix.dtype)], dim=1)
+                torch.cat([prefix.expand(len(tensor), -1, -1), tensor.to(prefix.dtype)], dim=1)
                 for prefix, tensor in zip((cos, sin), code_rotary, strict=True)
             )
 
@@ -205,7 +194,7 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         hidden_states = self.norm_out(self.layers(hidden_states, (cos, sin), mask, kv_cache, patch_tokens))
 
         # 4. The last blocks, with the position embedding of the tokens that they predict, are the head's condition
-        num_blocks = condition_indices.shape[0]
+        num_blocks = condition_indices.shape[-2]
         condition = hidden_states[:, num_tokens - num_blocks * patch_tokens :].unflatten(1, (num_blocks, patch_tokens))
         condition = condition + self.position_embed(condition_indices)
 

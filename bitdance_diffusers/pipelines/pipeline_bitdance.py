@@ -1,274 +1,84 @@
 """BitDancePipeline: text to image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import logging
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from diffusers.image_processor import PipelineImageInput
 
-from ..image_sizes import check_size
+from ..generation import Generation
 from ..loaders.lora import BitDanceLoraLoaderMixin
-from ..models.autoencoder_bitdance import BitDanceTokenizer
-from ..models.transformer_bitdance import BitDanceTransformer
-from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
-from ..prompt import check_tokenizer, picture_start_ids, prompt_ids, unconditional_ids
-from ..sampling import draw_patch_noise
-from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
-from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
+from ..loaders.original_text_to_image import OriginalTextToImageMixin
+from ..patch_order import patches_to_grid
+from ..scoring import confidence_of_code, score_code
 from .pipeline_output import BitDancePipelineOutput
+from .text_conditioned import TextConditionedPipelineMixin
 
-logger = logging.get_logger(__name__)
 
-
-class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin):
+class BitDancePipeline(
+    OriginalTextToImageMixin, TextConditionedPipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin
+):
     """
     Text-to-image generation with BitDance (arXiv 2602.14041): a transformer reads the prompt and the picture so far, a
     binary diffusion head denoises the next patch of tokens, a binary autoencoder turns the finished code into a
     picture.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): the text tokenizer, with BitDance's size and query tokens.
-        vae ([`BitDanceTokenizer`]): the binary autoencoder.
-        transformer ([`BitDanceTransformer`]): the language model, projector and diffusion head.
-        scheduler ([`BinaryDiffusionScheduler`]): times and updates of the head's diffusion.
-        default_height, default_width (`int`): pixels, where a call names no size.
-        default_num_inference_steps (`int`): steps per patch, where a call names none.
-        default_guidance_scale (`float`): guidance, where a call names none.
-        supported_sizes (list of `[height, width]`, *optional*): the sizes in pixels that the checkpoint was trained
-            on. Another size is drawn with a warning.
+    The defaults and sizes in its config are the checkpoint's. `BitDancePipeline(**pipe.components)` forgets them;
+    `BitDancePipeline.from_pipe(pipe)` shares the components too, and keeps them. Components and config are those of
+    [`TextConditionedPipelineMixin`].
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        vae: BitDanceTokenizer,
-        transformer: BitDanceTransformer,
-        scheduler: BinaryDiffusionScheduler,
-        default_height: int = 1024,
-        default_width: int = 1024,
-        default_num_inference_steps: int = 50,
-        default_guidance_scale: float = 7.5,
-        supported_sizes: list[list[int]] | None = None,
-    ):
-        super().__init__()
-        for name, value in (
-            ("default_height", default_height),
-            ("default_width", default_width),
-            ("default_num_inference_steps", default_num_inference_steps),
-        ):
-            check_positive_integer(name, value)
-        check_guidance_scale("default_guidance_scale", default_guidance_scale)
-        if supported_sizes is not None:
-            if not isinstance(supported_sizes, (list, tuple)) or not all(
-                isinstance(size, (list, tuple)) and len(size) == 2 for size in supported_sizes
-            ):
-                raise ValueError(f"`supported_sizes` is {supported_sizes!r}; it has to be a list of [height, width].")
-        self.register_modules(tokenizer=tokenizer, vae=vae, transformer=transformer, scheduler=scheduler)
-        self.register_to_config(
-            default_height=default_height,
-            default_width=default_width,
-            default_num_inference_steps=default_num_inference_steps,
-            default_guidance_scale=default_guidance_scale,
-            supported_sizes=supported_sizes,
-        )
-        self._prepare_image_processor()
-        if getattr(self, "tokenizer", None) and getattr(self, "transformer", None):
-            check_tokenizer(self.tokenizer, self.transformer.config.patch_size, self.transformer.config.vocab_size)
-
-    def check_inputs(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        num_images_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
-        prompt_embeds_mask: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds_mask: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
-        attention_kwargs: dict[str, Any] | None,
-        max_sequence_length: int,
-        guidance_interval: tuple[float, float] | None,
-        early_stop_threshold: float | None,
-    ) -> None:
-        """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
-        check_size(height, width, self.vae_scale_factor, self.transformer.config.patch_size)
-        check_positive_integer("num_inference_steps", num_inference_steps)
-        check_positive_integer("num_images_per_prompt", num_images_per_prompt)
-        check_positive_integer("max_sequence_length", max_sequence_length)
-        check_guidance_scale("guidance_scale", guidance_scale)
-
-        for side, text, embeds, mask in (
-            ("", prompt, prompt_embeds, prompt_embeds_mask),
-            ("negative_", negative_prompt, negative_prompt_embeds, negative_prompt_embeds_mask),
-        ):
-            if text is not None and embeds is not None:
-                raise ValueError(f"`{side}prompt` and `{side}prompt_embeds` are both given; give one of them.")
-            if text is not None and not isinstance(text, (str, list)):
-                raise TypeError(f"`{side}prompt` is {text!r}; it has to be a string or a list of strings.")
-            if isinstance(text, list):
-                if not text:
-                    raise ValueError(f"`{side}prompt` is an empty list; it has to hold at least one string.")
-                others = [entry for entry in text if not isinstance(entry, str)]
-                if others:
-                    raise TypeError(f"`{side}prompt` holds {others[0]!r}; it has to be a string or a list of strings.")
-            for name, tensor in ((f"{side}prompt_embeds", embeds), (f"{side}prompt_embeds_mask", mask)):
-                if tensor is not None and not isinstance(tensor, torch.Tensor):
-                    raise TypeError(f"`{name}` is a {type(tensor).__name__}; it has to be a tensor.")
-            if mask is not None and embeds is None:
-                raise ValueError(f"`{side}prompt_embeds_mask` is given without `{side}prompt_embeds`.")
-            if embeds is not None:
-                if not embeds.is_floating_point():
-                    raise TypeError(f"`{side}prompt_embeds` is of {embeds.dtype}; it has to be of a float type.")
-                if embeds.shape[1:2] and embeds.shape[1] > max_sequence_length:
-                    raise ValueError(
-                        f"`{side}prompt_embeds` has {embeds.shape[1]} tokens; `max_sequence_length` allows "
-                        f"{max_sequence_length}."
-                    )
-                width_asked = self.transformer.config.hidden_size
-                if embeds.ndim != 3 or 0 in embeds.shape or embeds.shape[-1] != width_asked:
-                    raise ValueError(
-                        f"`{side}prompt_embeds` has shape {tuple(embeds.shape)}; it has to be (batch, tokens, "
-                        f"{width_asked})."
-                    )
-            if mask is not None:
-                if mask.shape != embeds.shape[:2]:
-                    raise ValueError(
-                        f"`{side}prompt_embeds_mask` has shape {tuple(mask.shape)}; it has to be the first two sizes "
-                        f"of `{side}prompt_embeds`, {tuple(embeds.shape[:2])}."
-                    )
-                if not bool(mask.bool()[:, -1].all()) or bool((mask.bool().int().diff(dim=1) < 0).any()):
-                    raise ValueError(
-                        f"`{side}prompt_embeds_mask` is {mask.int().tolist()}; padding (0) has to stand on the left, "
-                        "and every row needs a real token (1)."
-                    )
-        if prompt is None and prompt_embeds is None:
-            raise ValueError("`prompt` and `prompt_embeds` are both None; give one of them.")
-
-        batch_size = 1
-        if isinstance(prompt, list):
-            batch_size = len(prompt)
-        elif prompt_embeds is not None:
-            batch_size = prompt_embeds.shape[0]
-        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
-            raise ValueError(
-                f"`negative_prompt` holds {len(negative_prompt)} texts for {batch_size} prompts; give one string, "
-                "or one for each prompt."
-            )
-        if negative_prompt_embeds is not None and negative_prompt_embeds.shape[0] != batch_size:
-            raise ValueError(
-                f"`negative_prompt_embeds` has {negative_prompt_embeds.shape[0]} rows for {batch_size} prompts; their "
-                "numbers have to be equal."
-            )
-
-        self._check_patchwise_inputs(
-            batch_size * num_images_per_prompt,
-            height,
-            width,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            attention_kwargs,
-            guidance_interval,
-            early_stop_threshold,
-        )
-
-    def embed_tokens(self, ids: list[int], device: torch.device) -> torch.Tensor:
-        """Embeddings (tokens, D) of token ids. All texts of a call stand in one row: one compiled graph takes any."""
-        input_ids = torch.tensor([ids], device=device)
-        torch._dynamo.maybe_mark_dynamic(input_ids, 1)
-        return self.transformer(input_ids=input_ids, return_dict=False)[0][0]
-
-    def encode_prompt(
+    @torch.no_grad()
+    def prepare_generation(
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        do_classifier_free_guidance: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_embeds_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds_mask: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 1024,
-        device: torch.device | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        guidance_interval: tuple[float, float] | None = None,
+        early_stop_threshold: float | None = None,
+    ) -> Generation:
         """
-        Texts in their frames -> embeddings and masks of the conditional and the unconditional rows.
-
-        A missing or empty negative prompt is the frame without a user; any other text takes the user frame. Embeddings
-        that are given are only repeated.
-
-        Returns:
-            `prompt_embeds` (B, L, D) padded on the left, `prompt_embeds_mask` (B, L) bool, and the negative two,
-            which are None without guidance; B is prompts x `num_images_per_prompt`, the images of a prompt side by
-            side.
-
-        Raises:
-            ValueError: a text is not valid Unicode, or longer than `max_sequence_length` tokens in its frame.
+        The batch of pictures that a call with these arguments draws, before its first patch: what [`~.__call__`] runs
+        to its end can be iterated, stopped, saved, joined and split here. [`~.decode_latents`] makes pictures of its
+        code.
         """
-        device = device or self._execution_device
-
-        # All texts are tokenized and measured before a weight is touched.
-        def tokenize(name: str, texts: list[str], user_frame_of_empty: bool) -> list[list[int]]:
-            rows = []
-            for text in texts:
-                framed = text != "" or user_frame_of_empty
-                rows.append(prompt_ids(self.tokenizer, text, name) if framed else unconditional_ids(self.tokenizer))
-                if len(rows[-1]) > max_sequence_length:
-                    raise ValueError(
-                        f"`{name}` is {len(rows[-1])} tokens long in its frame; `max_sequence_length` allows "
-                        f"{max_sequence_length}."
-                    )
-            return rows
-
-        ids = negative_ids = None
-        if prompt_embeds is None:
-            prompt = [prompt] if isinstance(prompt, str) else prompt
-            ids = tokenize("prompt", prompt, user_frame_of_empty=True)
-        batch_size = len(prompt) if prompt_embeds is None else prompt_embeds.shape[0]
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negative_prompt = negative_prompt or ""
-            negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
-            negative_ids = tokenize("negative_prompt", negatives, user_frame_of_empty=False)
-
-        def embed(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-            lengths = [len(row) for row in rows]
-            embeds = self.embed_tokens(sum(rows, []), device).split(lengths)
-            mask = [torch.ones(length, dtype=torch.bool, device=device) for length in lengths]
-            return tuple(pad_sequence(x, batch_first=True, padding_side="left") for x in (embeds, mask))
-
-        def repeat(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            if mask is None:
-                mask = embeds.new_ones(embeds.shape[:2])
-            embeds = embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
-            return embeds, mask.to(device, torch.bool).repeat_interleave(num_images_per_prompt, dim=0)
-
-        if ids is not None:
-            prompt_embeds, prompt_embeds_mask = embed(ids)
-        prompt_embeds, prompt_embeds_mask = repeat(prompt_embeds, prompt_embeds_mask)
-        if not do_classifier_free_guidance:
-            negative_prompt_embeds = negative_prompt_embeds_mask = None
-        else:
-            if negative_ids is not None:
-                negative_prompt_embeds, negative_prompt_embeds_mask = embed(negative_ids)
-            negative_prompt_embeds, negative_prompt_embeds_mask = repeat(
-                negative_prompt_embeds, negative_prompt_embeds_mask
-            )
-        return prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask
+        num_inference_steps, guidance_scale = self._steps_and_guidance(num_inference_steps, guidance_scale)
+        call = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "height": self.config.default_height if height is None else height,
+            "width": self.config.default_width if width is None else width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "num_images_per_prompt": num_images_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "prompt_embeds_mask": prompt_embeds_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
+            "attention_kwargs": attention_kwargs,
+            "max_sequence_length": max_sequence_length,
+            "guidance_interval": guidance_interval,
+            "early_stop_threshold": early_stop_threshold,
+        }
+        self.check_inputs(**call)
+        return self._start_generation(**call)
 
     @torch.no_grad()
     def __call__(
@@ -288,12 +98,16 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         negative_prompt_embeds_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 1024,
         guidance_interval: tuple[float, float] | None = None,
         early_stop_threshold: float | None = None,
+        best_of: int = 1,
+        num_candidates_per_row: int = 1,
+        num_kept_per_row: int = 1,
+        scorer: Callable[[list[PIL.Image.Image], list[str]], Sequence[float]] | None = None,
     ) -> BitDancePipelineOutput | tuple:
         """
         Draw pictures.
@@ -314,14 +128,15 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             generator (`torch.Generator` or a list, *optional*): one generator reproduces the original's draws for the
                 batch as a whole; a list, one for each picture, makes each independent of its neighbours in the batch.
             latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere.
-                The decoded patches, the first in generation order, are kept.
+                Decoded patches are kept, wherever they stand, and the others drawn; a patch of a picture is decoded
+                whole or not at all.
             prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask (`torch.Tensor`,
                 *optional*): what [`~.encode_prompt`] returns, in place of texts.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`): an output object, or a tuple.
             callback_on_step_end (`Callable`, *optional*): called after every patch with the pipeline, the index of the
                 patch (twice) and a dict of `callback_on_step_end_tensor_inputs`; `latents` in the dict that it returns
-                takes the place of the code so far.
+                takes the place of the code so far. One that returns None changes nothing.
             attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
             max_sequence_length (`int`): most tokens that a text may have in its frame. Nothing is cut off.
             guidance_interval (pair of `float`, *optional*): times, from 0 (noise) to 1 (data), between which the
@@ -330,6 +145,14 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             early_stop_threshold (`float`, *optional*): between 0 and 1; a patch of a picture is finished at the first
                 evaluation of the head whose conditional predictions are all at least so far from 0. A lower
                 threshold saves more evaluations and changes more bits. None evaluates all.
+            best_of (`int`): draw so many candidates of every picture side by side and return the best one by the
+                `scorer`. Each has a generator of its own, seeded by draws from what `generator` is.
+            num_candidates_per_row (`int`): draw so many continuations of every row of patches, and go on with the best
+                `num_kept_per_row` of them, each as often as makes so many again; after the last row the best one is
+                returned. It costs what `best_of` candidates cost.
+            num_kept_per_row (`int`): a divisor of `num_candidates_per_row`.
+            scorer (`Callable`, *optional*): `(pictures, prompts) -> one score for each`, higher is better, for
+                PIL pictures of the rows that are drawn. None is the model's own score, see [`~.score`].
 
         Returns:
             [`BitDancePipelineOutput`], or a tuple whose first element is the images.
@@ -337,17 +160,12 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
         Raises:
             ValueError, TypeError: see [`~.check_inputs`] and [`~.encode_prompt`].
         """
+        # 1. Check inputs, encode the prompts and prepare the code
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        height = self.config.default_height if height is None else height
-        width = self.config.default_width if width is None else width
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-
-        # 1. Check inputs
-        self.check_inputs(
+        self._check_output_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._check_search_inputs(best_of, num_candidates_per_row, num_kept_per_row, scorer)
+        generation = self.prepare_generation(
             prompt,
             negative_prompt,
             height,
@@ -361,129 +179,134 @@ class BitDancePipeline(PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLo
             prompt_embeds_mask,
             negative_prompt_embeds,
             negative_prompt_embeds_mask,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
             attention_kwargs,
             max_sequence_length,
             guidance_interval,
             early_stop_threshold,
         )
-        supported = self.config.supported_sizes
-        if supported is not None and [height, width] not in [list(size) for size in supported]:
-            logger.warning_once(
-                f"{height} x {width} is not a size that this checkpoint was trained on; those are {supported}."
-            )
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
-        device = self._execution_device
-        guided = self.do_classifier_free_guidance
 
-        # 2. Encode the prompts: every text once, however many rows it has; padded on the left. Row r of the batch, the
-        # conditional rows first, goes on from the text `text_of_row[r]`
-        one_negative = not isinstance(negative_prompt, list) and negative_prompt_embeds is None
-        prompt_embeds, prompt_embeds_mask, negative_prompt_embeds, negative_prompt_embeds_mask = self.encode_prompt(
-            prompt,
-            negative_prompt,
-            guided,
-            1,
-            prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds,
-            negative_prompt_embeds_mask,
-            max_sequence_length,
-            device,
-        )
-        num_prompts = prompt_embeds.shape[0]
-        batch_size = num_prompts * num_images_per_prompt
-        text_of_row = [row // num_images_per_prompt for row in range(batch_size)]
-        text_embeds, text_mask = prompt_embeds, prompt_embeds_mask  # (T, L, D), (T, L); T texts
-        if guided:
-            negatives = slice(1 if one_negative else None)
-            texts = (
-                (prompt_embeds, prompt_embeds_mask),
-                (negative_prompt_embeds[negatives], negative_prompt_embeds_mask[negatives]),
-            )
-            longest = max(mask.shape[1] for _, mask in texts)
-            text_embeds = torch.cat([pad(embeds, (0, 0, longest - embeds.shape[1], 0)) for embeds, _ in texts])
-            text_mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for _, mask in texts])
-            text_of_row = text_of_row + [num_prompts + (0 if one_negative else text) for text in text_of_row]
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+        search = self._prepare_search(generation, best_of, num_candidates_per_row, num_kept_per_row, scorer, prompts)
 
-        # 3. Prepare the code, and the tokens that announce it
-        patch_size = self.transformer.config.patch_size
-        latents = self.prepare_latents(batch_size, height, width, device, latents)
-        latent_height, latent_width = latents.shape[-2:]
-        patches = grid_to_patches(latents, patch_size)  # (B, M, P, C)
-        num_patches = patches.shape[1]
-        num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
-        positions = patch_positions(latent_height, latent_width, patch_size, device)  # (M, P, 2)
-        start_ids = picture_start_ids(self.tokenizer, latent_height, latent_width, patch_size)
-        start_embeds = self.embed_tokens(start_ids, device).to(text_embeds.dtype).expand(len(text_embeds), -1, -1)
-        text_embeds = torch.cat([text_embeds, start_embeds], dim=1)
-        row_lengths = (text_mask.sum(dim=1) + len(start_ids)).tolist()
-        text_embeds = text_embeds[:, -max(row_lengths) :]  # embeddings that are given may be padded further
-        torch._dynamo.maybe_mark_dynamic(text_embeds, 1)  # a compiled transformer takes texts of any length
+        # 2. Patch by patch: denoise the next one, then feed it back
+        code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs, search)
 
-        # 4. Prepare the timesteps of a patch
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        guided_evaluations = self._guided_evaluations(guidance_interval)
-        self._num_timesteps = num_patches
-
-        # 5. Read the texts: the last block of each predicts the first patch of its pictures
-        kv_cache = self.transformer.allocate_kv_cache(row_lengths, 0, text_embeds.dtype, device)
-        kv_cache.extend(text_embeds.shape[1])
-        condition = self.transformer(
-            inputs_embeds=text_embeds,
-            condition_positions=positions[:1],
-            kv_cache=kv_cache,
-            attention_kwargs=attention_kwargs,
-        ).condition
-        # The next call may overwrite what this one returned (CUDA graphs do): what lives longer is a copy
-        condition = condition[text_of_row, 0]  # (R, P, D); R rows
-        kv_cache = kv_cache.repeat_rows(text_of_row, (num_patches - 1) * patch_size**2)
-
-        # 6. Patch by patch: denoise the next one, then feed it back
-        with self.progress_bar(total=num_patches) as progress_bar:
-            progress_bar.update(num_kept)
-            for i in range(num_patches):
-                if self.interrupt:
-                    continue
-                self._current_timestep = i
-                if i >= num_kept:
-                    noise = draw_patch_noise(num_inference_steps, patches[:, i].shape, generator, device)
-                    scale = self._guidance_scale if guided else None
-                    prediction = self._denoise_patch(condition, noise, scale, guided_evaluations, early_stop_threshold)
-                    patches[:, i] = torch.where(prediction > 0, 1.0, -1.0)
-                    if callback_on_step_end is not None:
-                        patches = self._call_back(
-                            callback_on_step_end,
-                            callback_on_step_end_tensor_inputs,
-                            i,
-                            patches,
-                            (latent_height, latent_width),
-                        )
-                    progress_bar.update()
-                if i + 1 < num_patches and not self.interrupt:
-                    kv_cache.extend(patch_size**2)
-                    condition = (
-                        self.transformer(
-                            code=patches[:, i : i + 1].to(text_embeds.dtype).repeat(2 if guided else 1, 1, 1, 1),
-                            code_positions=positions[i : i + 1],
-                            condition_positions=positions[i + 1 : i + 2],
-                            kv_cache=kv_cache,
-                            attention_kwargs=attention_kwargs,
-                        )
-                        .condition[:, 0]
-                        .clone()
-                    )
-        self._current_timestep = None
-        del kv_cache  # its memory is for the vae now
-
-        # 7. Decode the picture
-        code = patches_to_grid(patches, latent_height, latent_width)
-        images = self.decode_latents(code, output_type, generator)
+        # 3. Decode the pictures
+        images = self.decode_latents(code, output_type, generation.generator)
 
         self.maybe_free_model_hooks()
         return BitDancePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def score(
+        self,
+        image: PipelineImageInput,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        num_times: int = 8,
+        num_draws: int = 2,
+        num_passes: int = 1,
+        bit_flip_probability: float = 0.0,
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 1024,
+    ) -> torch.Tensor:
+        """
+        How well pictures fit texts, patch by patch: minus the loss that the transformer was trained with. Of several
+        texts the one with the highest mean fits a picture best; of several pictures of one size, the one with the
+        highest mean fits a text best. Up to calibration it is a bound on the likelihood, and it is not a likelihood:
+        what other models or other arguments give does not compare.
+
+        Args:
+            image (PIL picture, array, tensor, or a list of them): the pictures or their codes, as
+                [`~.prepare_image`] takes them: one for all texts, or one for each.
+            prompt (`str` or `list[str]`): one text for all pictures, or one for each.
+            height, width (`int`, *optional*): pixels to resize to, the pictures' own by default.
+            prompt_embeds, prompt_embeds_mask (`torch.Tensor`, *optional*): in place of texts.
+            num_times, num_draws, num_passes (`int`), bit_flip_probability (`float`): what the mean is over, see
+                [`~.scoring.score_code`]. The head is evaluated times x draws x passes times a patch.
+            attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
+            max_sequence_length (`int`): most tokens that a text may have in its frame.
+
+        Returns:
+            `torch.Tensor`: (B, patches) float32, patches in raster order, higher is better.
+
+        Raises:
+            ValueError, TypeError: see [`~.prepare_image`], [`~.check_inputs`] and [`~.encode_prompt`]; pictures and
+                texts that are not as many, nor one.
+        """
+        self._check_score_inputs(num_times, num_draws, num_passes, bit_flip_probability)
+        arguments = self._prepare_scoring(
+            image, prompt, height, width, prompt_embeds, prompt_embeds_mask, attention_kwargs, max_sequence_length
+        )
+        scores = score_code(
+            **arguments,
+            num_times=num_times,
+            num_draws=num_draws,
+            num_passes=num_passes,
+            bit_flip_probability=bit_flip_probability,
+        )
+        self.maybe_free_model_hooks()
+        return scores
+
+    @torch.no_grad()
+    def confidence(
+        self,
+        image: PipelineImageInput,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        num_times: int = 8,
+        num_draws: int = 2,
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 1024,
+    ) -> torch.Tensor:
+        """
+        A map of how sure the transformer is of every token of pictures, given texts: the magnitude of the bits that it
+        predicts from noised ones, before their sign is taken. The arguments are those of [`~.score`].
+
+        Returns:
+            `torch.Tensor`: (B, h, w) float32 in [0, 1], a number for each token.
+        """
+        self._check_score_inputs(num_times, num_draws, 1, 0.0)
+        arguments = self._prepare_scoring(
+            image, prompt, height, width, prompt_embeds, prompt_embeds_mask, attention_kwargs, max_sequence_length
+        )
+        confidence = confidence_of_code(**arguments, num_times=num_times, num_draws=num_draws)  # (B, M, P)
+        self.maybe_free_model_hooks()
+        return patches_to_grid(confidence[..., None], *arguments["code"].shape[-2:])[:, 0]
+
+    def _prepare_scoring(
+        self,
+        image: PipelineImageInput,
+        prompt: str | list[str] | None,
+        height: int | None,
+        width: int | None,
+        prompt_embeds: torch.Tensor | None,
+        prompt_embeds_mask: torch.Tensor | None,
+        attention_kwargs: dict[str, Any] | None,
+        max_sequence_length: int,
+    ) -> dict[str, Any]:
+        """What [`~.scoring.score_code`] takes, for as many pairs of a picture and a text as there are of either."""
+        image, height, width = self.prepare_image(image, height, width)
+        num_texts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
+        if len(image) > 1 and num_texts > 1 and len(image) != num_texts:
+            raise ValueError(
+                f"`image` holds {len(image)} pictures for {num_texts} prompts; give one of either, or as many."
+            )
+        generation = self.prepare_generation(
+            prompt=prompt,
+            height=height,
+            width=width,
+            guidance_scale=1.0,
+            num_images_per_prompt=len(image) if num_texts == 1 else 1,
+            prompt_embeds=prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask,
+            attention_kwargs=attention_kwargs,
+            max_sequence_length=max_sequence_length,
+        )
+        return self._score_arguments(generation, self.encode_image(image))

@@ -1,17 +1,24 @@
 """BitDanceClassPipeline: class to image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 
+from ..generation import Generation, Prefix, SamplingSettings
+from ..loaders.lora import BitDanceLoraLoaderMixin
+from ..loaders.original_class_to_image import OriginalClassToImageMixin
 from ..models.autoencoder_bitdance import BitDanceTokenizer
 from ..models.transformer_bitdance_class import BitDanceClassTransformer
-from ..patch_order import grid_to_patches, patch_positions, patches_to_grid
-from ..sampling import draw_patch_noise
+from ..patch_order import patch_positions, patches_to_grid
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
+from ..scoring import confidence_of_code, score_code
+from .image_inputs import read_images, resize_images
 from .patchwise import PatchwisePipelineMixin, check_guidance_scale, check_positive_integer
 from .pipeline_output import BitDancePipelineOutput
 
@@ -24,28 +31,15 @@ def check_guidance_schedule(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(map(repr, GUIDANCE_SCHEDULES))}.")
 
 
-def draw_halves_noise(
-    num_steps: int,
-    shape: tuple[int, int, int],
-    generator: torch.Generator | list[torch.Generator] | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """
-    The noise of a patch whose conditional and unconditional rows are sampled separately: from one draw of twice the
-    rows of `shape` (B, P, C), the conditional ones first. Of a list of generators each draws its picture's two rows.
-    Returns (n + 1, 2 B, P, C) float32.
-    """
-    batch_size, *token_shape = shape
-    if not isinstance(generator, list):
-        return draw_patch_noise(num_steps, (2 * batch_size, *token_shape), generator, device)
-    pairs = [draw_patch_noise(num_steps, (2, *token_shape), one, device) for one in generator]
-    return torch.stack(pairs, dim=2).flatten(1, 2)  # (n + 1, 2, B, P, C) -> (n + 1, 2 B, P, C)
-
-
-class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
+class BitDanceClassPipeline(
+    OriginalClassToImageMixin, PatchwisePipelineMixin, DiffusionPipeline, BitDanceLoraLoaderMixin
+):
     """
     Class-conditional generation with BitDance (arXiv 2602.14041, the ImageNet models): as [`BitDancePipeline`], with a
     class in place of a text. Pictures have the one size that the transformer was trained for.
+
+    The defaults and label names below are the checkpoint's. `BitDanceClassPipeline(**pipe.components)` forgets them;
+    `BitDanceClassPipeline.from_pipe(pipe)` shares the components too, and keeps them.
 
     Args:
         vae ([`BitDanceTokenizer`]): the binary autoencoder.
@@ -73,8 +67,8 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         check_guidance_schedule("default_guidance_schedule", default_guidance_schedule)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
-            default_num_inference_steps=default_num_inference_steps,
-            default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=int(default_num_inference_steps),
+            default_guidance_scale=float(default_guidance_scale),
             default_guidance_schedule=default_guidance_schedule,
             label_names=label_names,
         )
@@ -83,7 +77,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         # A class answers to its whole entry and to each of the synonyms in it.
         self._ids_of_label: dict[str, list[int]] = {}
         if label_names is not None:
-            num_classes = self.transformer.config.num_classes if getattr(self, "transformer", None) else None
+            num_classes = self.transformer.config.num_classes if self.transformer is not None else None
             if not isinstance(label_names, (list, tuple)) or not all(isinstance(name, str) for name in label_names):
                 raise ValueError(f"`label_names` is {label_names!r}; it has to be a list of strings.")
             if num_classes is not None and len(label_names) != num_classes:
@@ -99,6 +93,7 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         Raises:
             TypeError, ValueError: an id out of range, an unknown name, or a name that several classes have.
         """
+        self._check_components("transformer")
         labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
         if not labels:
             raise ValueError("`class_labels` is an empty list; it has to hold at least one label.")
@@ -113,13 +108,95 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
                 if len(found) > 1:
                     raise ValueError(f"`class_labels` holds {label!r}, the name of several classes: {found}.")
                 ids.append(found[0])
-            elif not isinstance(label, int) or isinstance(label, bool):
+            elif not isinstance(label, Integral) or isinstance(label, bool):
                 raise TypeError(f"`class_labels` holds {label!r}; it has to hold class ids or names.")
             elif not 0 <= label < num_classes:
                 raise ValueError(f"`class_labels` holds {label}; the classes are 0 to {num_classes - 1}.")
             else:
-                ids.append(label)
+                ids.append(int(label))
         return ids
+
+    @torch.no_grad()
+    def prepare_generation(
+        self,
+        class_labels: int | str | list[int | str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        early_stop_threshold: float | None = None,
+    ) -> Generation:
+        """
+        The batch of pictures that a call with these arguments draws, before its first patch: what [`~.__call__`] runs
+        to its end can be iterated, stopped, saved, joined and split here. [`~.decode_latents`] makes pictures of its
+        code.
+        """
+        # 1. Check inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        if guidance_schedule is None:
+            guidance_schedule = self.config.default_guidance_schedule
+        self._check_components("transformer", "scheduler")
+        label_ids = self.get_label_ids(class_labels)
+        check_positive_integer("num_inference_steps", num_inference_steps)
+        check_positive_integer("num_images_per_label", num_images_per_label)
+        check_guidance_scale("guidance_scale", guidance_scale)
+        check_guidance_schedule("guidance_schedule", guidance_schedule)
+        config = self.transformer.config
+        num_images_per_label = int(num_images_per_label)
+        batch_size, side = len(label_ids) * num_images_per_label, config.sample_size
+        self._check_patchwise_inputs(
+            batch_size,
+            side,
+            side,
+            generator,
+            latents,
+            attention_kwargs,
+            guidance_interval,
+            early_stop_threshold,
+        )
+        device = self._execution_device
+
+        # 2. Prepare the labels, each once, however many pictures it has: "no class" comes last
+        guided = guidance_scale > 1
+        labels = torch.tensor([*label_ids, config.num_classes] if guided else label_ids, device=device)
+        prefix = Prefix(
+            inputs={"class_labels": labels},
+            row_lengths=[config.num_class_tokens + config.patch_size**2 - 1] * len(labels),
+            conditional=[row // num_images_per_label for row in range(batch_size)],
+            unconditional=[len(label_ids)] * batch_size if guided else None,
+            dtype=self.transformer.dtype,
+        )
+
+        # 3. Prepare the code
+        latents = self.prepare_latents(batch_size, side, side, device, latents)
+        positions = patch_positions(side, side, config.patch_size, device)  # (M, P, 2)
+        indices = torch.arange(side * side, device=device).view(positions.shape[:2])  # (M, P)
+
+        return Generation(
+            self.transformer,
+            self.scheduler,
+            prefix,
+            latents,
+            positions,
+            "condition_indices",
+            indices,
+            SamplingSettings(
+                int(num_inference_steps),
+                float(guidance_scale),
+                guidance_schedule,
+                None if guidance_interval is None else tuple(guidance_interval),
+                early_stop_threshold,
+            ),
+            generator,
+            attention_kwargs,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -133,11 +210,15 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - the signature of Diffusers
         attention_kwargs: dict[str, Any] | None = None,
         guidance_interval: tuple[float, float] | None = None,
         early_stop_threshold: float | None = None,
+        best_of: int = 1,
+        num_candidates_per_row: int = 1,
+        num_kept_per_row: int = 1,
+        scorer: Callable[[list[PIL.Image.Image], list[int]], Sequence[float]] | None = None,
     ) -> BitDancePipelineOutput | tuple:
         """
         Draw pictures.
@@ -156,12 +237,13 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             generator (`torch.Generator` or a list, *optional*): one generator reproduces the original's draws for the
                 batch as a whole; a list, one for each picture, makes each independent of its neighbours in the batch.
             latents (`torch.Tensor`, *optional*): code so far, (B, C, h, w), -1 or +1 where decoded and 0 elsewhere.
-                The decoded patches, the first in generation order, are kept, in the unconditional sequence too.
+                Decoded patches are kept, wherever they stand, in the unconditional sequence too, and the others
+                drawn; a patch of a picture is decoded whole or not at all.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`): an output object, or a tuple.
             callback_on_step_end (`Callable`, *optional*): called after every patch with the pipeline, the index of the
                 patch (twice) and a dict of `callback_on_step_end_tensor_inputs`; `latents` in the dict that it returns
-                takes the place of the (conditional) code so far.
+                takes the place of the (conditional) code so far. One that returns None changes nothing.
             attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
             guidance_interval (pair of `float`, *optional*): times, from 0 (noise) to 1 (data), between which the
                 prediction is guided (Kynkäänniemi et al., 2024, arXiv 2404.07724); elsewhere the head evaluates the
@@ -169,6 +251,14 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
             early_stop_threshold (`float`, *optional*): between 0 and 1; a patch of a picture is finished at the first
                 evaluation of the head whose conditional predictions are all at least so far from 0. A lower
                 threshold saves more evaluations and changes more bits. None evaluates all.
+            best_of (`int`): draw so many candidates of every picture side by side and return the best one by the
+                `scorer`. Each has a generator of its own, seeded by draws from what `generator` is.
+            num_candidates_per_row (`int`): draw so many continuations of every row of patches, and go on with the best
+                `num_kept_per_row` of them, each as often as makes so many again; after the last row the best one is
+                returned. It costs what `best_of` candidates cost.
+            num_kept_per_row (`int`): a divisor of `num_candidates_per_row`.
+            scorer (`Callable`, *optional*): `(pictures, class ids) -> one score for each`, higher is better, for
+                PIL pictures of the rows that are drawn. None is the model's own score, see [`~.score`].
 
         Returns:
             [`BitDancePipelineOutput`], or a tuple whose first element is the images.
@@ -176,127 +266,132 @@ class BitDanceClassPipeline(PatchwisePipelineMixin, DiffusionPipeline):
         Raises:
             ValueError, TypeError: for bad input, naming the argument, its value and what is allowed.
         """
+        # 1. Check inputs, prepare the labels and the code
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        if guidance_schedule is None:
-            guidance_schedule = self.config.default_guidance_schedule
-
-        # 1. Check inputs
-        label_ids = self.get_label_ids(class_labels)
-        check_positive_integer("num_inference_steps", num_inference_steps)
-        check_positive_integer("num_images_per_label", num_images_per_label)
-        check_guidance_scale("guidance_scale", guidance_scale)
-        check_guidance_schedule("guidance_schedule", guidance_schedule)
-        config = self.transformer.config
-        batch_size, side = len(label_ids) * num_images_per_label, config.sample_size
-        height = width = side * self.vae_scale_factor
-        self._check_patchwise_inputs(
-            batch_size,
-            height,
-            width,
+        self._check_output_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._check_search_inputs(best_of, num_candidates_per_row, num_kept_per_row, scorer)
+        generation = self.prepare_generation(
+            class_labels,
+            num_inference_steps,
+            guidance_scale,
+            guidance_schedule,
+            num_images_per_label,
             generator,
             latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
             attention_kwargs,
             guidance_interval,
             early_stop_threshold,
         )
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
-        device = self._execution_device
-        guided = self.do_classifier_free_guidance
 
-        # 2. Prepare the labels, each once, however many rows it has. Row r of the batch, the conditional rows first,
-        # goes on from the label `label_of_row[r]`
-        labels = torch.tensor([*label_ids, config.num_classes] if guided else label_ids, device=device)
-        label_of_row = [row // num_images_per_label for row in range(batch_size)]
-        if guided:
-            label_of_row += [len(label_ids)] * batch_size
+        search = self._prepare_search(
+            generation, best_of, num_candidates_per_row, num_kept_per_row, scorer, self.get_label_ids(class_labels)
+        )
 
-        # 3. Prepare the code
-        latents = self.prepare_latents(batch_size, height, width, device, latents)
-        patches = grid_to_patches(latents, config.patch_size)  # (B, M, P, C)
-        num_patches = patches.shape[1]
-        num_kept = int((patches != 0).all(dim=(0, 2, 3)).sum())
-        positions = patch_positions(side, side, config.patch_size, device)  # (M, P, 2)
-        indices = torch.arange(side * side, device=device).view(num_patches, -1)  # (M, P)
+        # 2. Patch by patch: denoise the next one, then feed it back
+        code = self._draw(generation, callback_on_step_end, callback_on_step_end_tensor_inputs, search)
 
-        # 4. Prepare the timesteps of a patch
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        guided_evaluations = self._guided_evaluations(guidance_interval)
-        self._num_timesteps = num_patches
-
-        # 5. Read the classes: the last block of each one's tokens predicts the first patch of its pictures
-        dtype = self.transformer.dtype
-        kv_cache = self.transformer.allocate_kv_cache(len(labels), 0, dtype, device)
-        kv_cache.extend(config.num_class_tokens + config.patch_size**2 - 1)
-        condition = self.transformer(
-            class_labels=labels,
-            condition_indices=indices[:1],
-            kv_cache=kv_cache,
-            attention_kwargs=attention_kwargs,
-        ).condition
-        # The next call may overwrite what this one returned (CUDA graphs do): what lives longer is a copy
-        condition = condition[label_of_row, 0]  # (R, P, D); R rows
-        kv_cache = kv_cache.repeat_rows(label_of_row, (num_patches - 1) * config.patch_size**2)
-
-        # 6. Patch by patch: denoise the next one, then feed it back
-        with self.progress_bar(total=num_patches) as progress_bar:
-            progress_bar.update(num_kept)
-            for i in range(num_patches):
-                if self.interrupt:
-                    continue
-                self._current_timestep = i
-                unconditional_patch = None  # (B, P, C) where it is not the conditional one
-                if i >= num_kept:
-                    scale = self._guidance_scale if guided else None
-                    if guided and guidance_schedule == "linear":
-                        scale = 1 + (self._guidance_scale - 1) * i / num_patches
-                    shape = patches[:, i].shape
-                    if scale == 1 and self._guidance_scale != 1:
-                        noise = draw_halves_noise(num_inference_steps, shape, generator, device)
-                        scale = None
-                    else:
-                        noise = draw_patch_noise(num_inference_steps, shape, generator, device)
-                    prediction = self._denoise_patch(condition, noise, scale, guided_evaluations, early_stop_threshold)
-                    bits = torch.where(prediction > 0, 1.0, -1.0)
-                    patches[:, i] = bits[:batch_size]
-                    if len(bits) > batch_size:
-                        unconditional_patch = bits[batch_size:]
-                    if callback_on_step_end is not None:
-                        patches = self._call_back(
-                            callback_on_step_end, callback_on_step_end_tensor_inputs, i, patches, (side, side)
-                        )
-                    progress_bar.update()
-                if i + 1 < num_patches and not self.interrupt:
-                    code = patches[:, i]
-                    if guided:
-                        code = torch.cat([code, code if unconditional_patch is None else unconditional_patch])
-                    kv_cache.extend(config.patch_size**2)
-                    condition = (
-                        self.transformer(
-                            code=code[:, None].to(dtype),
-                            code_positions=positions[i : i + 1],
-                            condition_indices=indices[i + 1 : i + 2],
-                            kv_cache=kv_cache,
-                            attention_kwargs=attention_kwargs,
-                        )
-                        .condition[:, 0]
-                        .clone()
-                    )
-        self._current_timestep = None
-        del kv_cache  # its memory is for the vae now
-
-        # 7. Decode the picture
-        images = self.decode_latents(patches_to_grid(patches, side, side), output_type, generator)
+        # 3. Decode the pictures
+        images = self.decode_latents(code, output_type, generation.generator)
 
         self.maybe_free_model_hooks()
         return BitDancePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def score(
+        self,
+        image: PipelineImageInput,
+        class_labels: int | str | list[int | str],
+        num_times: int = 8,
+        num_draws: int = 2,
+        num_passes: int = 1,
+        bit_flip_probability: float = 0.0,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """
+        How well pictures fit classes, patch by patch: minus the loss that the transformer was trained with. Of all
+        classes the one with the highest mean fits a picture best. See [`BitDancePipeline.score`] for what it is and
+        what it is not.
+
+        Args:
+            image (PIL picture, array, tensor, or a list of them): the pictures, as
+                [`~.pipelines.image_inputs.read_images`] takes them, or their codes (N, C, h, w): one for all labels,
+                or one for each. They are resized to the size that the transformer draws.
+            class_labels (`int`, `str` or a list of both): one for all pictures, or one for each.
+            num_times, num_draws, num_passes (`int`), bit_flip_probability (`float`): what the mean is over, see
+                [`~.scoring.score_code`]. The head is evaluated times x draws x passes times a patch.
+            attention_kwargs (`dict`, *optional*): `scale` for LoRA layers.
+
+        Returns:
+            `torch.Tensor`: (B, patches) float32, patches in raster order, higher is better.
+
+        Raises:
+            ValueError, TypeError: `image` holds no picture, or a code of another size; a label that is none; pictures
+                and labels that are not as many, nor one.
+        """
+        self._check_score_inputs(num_times, num_draws, num_passes, bit_flip_probability)
+        scores = score_code(
+            **self._prepare_scoring(image, class_labels, attention_kwargs),
+            num_times=num_times,
+            num_draws=num_draws,
+            num_passes=num_passes,
+            bit_flip_probability=bit_flip_probability,
+        )
+        self.maybe_free_model_hooks()
+        return scores
+
+    @torch.no_grad()
+    def confidence(
+        self,
+        image: PipelineImageInput,
+        class_labels: int | str | list[int | str],
+        num_times: int = 8,
+        num_draws: int = 2,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """
+        A map of how sure the transformer is of every token of pictures, given classes, see
+        [`BitDancePipeline.confidence`]. The arguments are those of [`~.score`].
+
+        Returns:
+            `torch.Tensor`: (B, h, w) float32 in [0, 1], a number for each token.
+        """
+        self._check_score_inputs(num_times, num_draws, 1, 0.0)
+        arguments = self._prepare_scoring(image, class_labels, attention_kwargs)
+        confidence = confidence_of_code(**arguments, num_times=num_times, num_draws=num_draws)  # (B, M, P)
+        self.maybe_free_model_hooks()
+        return patches_to_grid(confidence[..., None], *arguments["code"].shape[-2:])[:, 0]
+
+    def _prepare_scoring(
+        self,
+        image: PipelineImageInput,
+        class_labels: int | str | list[int | str],
+        attention_kwargs: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """What [`~.scoring.score_code`] takes, for as many pairs of a picture and a label as there are of either."""
+        self._check_components("transformer", "scheduler")
+        side, num_labels = self.transformer.config.sample_size, len(self.get_label_ids(class_labels))
+        if (
+            isinstance(image, torch.Tensor)
+            and image.ndim == 4
+            and image.shape[1] == self.transformer.config.in_channels
+        ):
+            if image.shape[2:] != (side, side) or not bool((image.abs() == 1).all()):
+                raise ValueError(
+                    f"`image` is a code of shape {tuple(image.shape)}; it has to be {side} x {side} tokens of "
+                    "-1 and +1."
+                )
+        else:
+            self._check_components("vae")
+            image = resize_images(read_images(image), side * self.vae_scale_factor, side * self.vae_scale_factor)
+        if len(image) > 1 and num_labels > 1 and len(image) != num_labels:
+            raise ValueError(
+                f"`image` holds {len(image)} pictures for {num_labels} labels; give one of either, or as many."
+            )
+        generation = self.prepare_generation(
+            class_labels,
+            guidance_scale=1.0,
+            num_images_per_label=len(image) if num_labels == 1 else 1,
+            attention_kwargs=attention_kwargs,
+        )
+        return self._score_arguments(generation, self.encode_image(image))

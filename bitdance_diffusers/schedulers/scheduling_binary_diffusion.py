@@ -11,6 +11,7 @@ to t = 0.95, and ends with one more prediction, which is the sample.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -91,9 +92,10 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             ("logit_mean", logit_mean, -math.inf),
             ("logit_std", logit_std, 0),
         ):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, Real) and not isinstance(value, bool)
             if not number or not least < value < math.inf:
                 raise ValueError(f"`{name}` is {value!r}; it has to be a finite number greater than {least}.")
+            self.register_to_config(**{name: float(value)})  # what a file can hold, were it a number of NumPy's
         if timestep_sampling not in ("logit_normal", "uniform"):
             raise ValueError(
                 f"`timestep_sampling` is {timestep_sampling!r}; allowed are 'logit_normal' and 'uniform'."
@@ -114,8 +116,10 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         prediction and the prediction of the step before with; and `noise_scales` (num_inference_steps,), float32: what
         the noise of each step is multiplied with.
         """
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        integer = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
+        if not integer or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it has to be a positive integer.")
+        num_inference_steps = int(num_inference_steps)
         nodes = shift_timesteps(torch.linspace(0, LAST_TIMESTEP, num_inference_steps + 1), self.config.shift)
         t, u = nodes[:-1], nodes[1:]
         if self.config.solver_type == "euler_maruyama":
@@ -197,6 +201,16 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             timesteps = torch.sigmoid(normal * self.config.logit_std + self.config.logit_mean)
         else:
             timesteps = torch.rand(shape, generator=generator, device=device)
+        return shift_timesteps(timesteps, self.config.shift)
+
+    def training_timestep_quantiles(self, num_timesteps: int) -> torch.Tensor:
+        """
+        The middles of `num_timesteps` equally likely parts of the training times, ascending, float32: a mean over them
+        stands for one over training times.
+        """
+        timesteps = (torch.arange(num_timesteps) + 0.5) / num_timesteps
+        if self.config.timestep_sampling == "logit_normal":
+            timesteps = torch.sigmoid(torch.special.ndtri(timesteps) * self.config.logit_std + self.config.logit_mean)
         return shift_timesteps(timesteps, self.config.shift)
 
     def loss_weight(self, timesteps: torch.Tensor) -> torch.Tensor:

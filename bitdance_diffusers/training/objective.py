@@ -62,8 +62,9 @@ def draw_noisy_code(
     """Times of all patches, then their noise, for patches `code` (B, M, P, C) in generation order."""
     batch, num_patches, patch_tokens, channels = code.shape
     shape = (num_draws, batch, num_patches)
-    timestep = draws.draw(scheduler.sample_training_timesteps, shape, batch_dim=1).flatten(0, 1).to(code.device)
-    noise = draws.draw(torch.randn, (*shape, patch_tokens, channels), batch_dim=1).flatten(0, 1).to(code.device)
+    timestep = draws.draw(scheduler.sample_training_timesteps, shape, batch_dim=1)
+    noise = draws.draw(torch.randn, (*shape, patch_tokens, channels), batch_dim=1)
+    timestep, noise = (x.flatten(0, 1).to(code.device, non_blocking=True) for x in (timestep, noise))
     target = code.repeat(num_draws, 1, 1, 1)
     return NoisyCode(scheduler.add_noise(target, noise, timestep), timestep, target)
 
@@ -119,11 +120,11 @@ def flip_bits(code: torch.Tensor, max_probability: float, draws: RandomDraws) ->
     """
     probability = max_probability * draws.draw(torch.rand, code.shape)
     flipped = draws.draw(torch.rand, code.shape) < probability
-    return torch.where(flipped.to(code.device), -code, code)
+    return torch.where(flipped.to(code.device, non_blocking=True), -code, code)
 
 
 def choose_dropped(batch_size: int, probability: float, draws: RandomDraws) -> torch.Tensor:
-    """(B,) bool, on the CPU: the rows whose prompt or label gives way to the unconditional one."""
+    """(B,) bool, where the draws are made: the rows whose prompt or label gives way to the unconditional one."""
     return draws.draw(torch.rand, (batch_size,)) < probability
 
 
@@ -164,6 +165,7 @@ def text_to_image_loss(
     bit_flip_probability: float = 0.1,
     diff_batch_mul: int = 1,
     text_loss_weight: float = 0.0,
+    row_weights: torch.Tensor | None = None,
 ) -> TextToImageLoss:
     """
     The loss of one teacher-forced forward.
@@ -178,6 +180,7 @@ def text_to_image_loss(
         diff_batch_mul (`int`): draws of noise per patch.
         text_loss_weight (`float`): above 0 the transformer needs its `lm_head` (`use_lm_head`). The original's is
             0.01.
+        row_weights (B,), *optional*: of each picture in the mean of the head's loss.
     """
     batch = draw_teacher_forcing(scheduler, code, patch_size, draws, bit_flip_probability, diff_batch_mul)
     noisy = batch.noisy
@@ -190,7 +193,10 @@ def text_to_image_loss(
         code_positions=batch.positions[:-1],
         condition_positions=batch.positions,
     )
-    vision = diffusion_loss(scheduler, output.sample, noisy.target, noisy.timestep).mean()
+    vision = diffusion_loss(scheduler, output.sample, noisy.target, noisy.timestep)  # (R * B, M, P)
+    if row_weights is not None:
+        vision = vision * row_weights.repeat(diff_batch_mul)[:, None, None]
+    vision = vision.mean()
     if text_loss_weight == 0:
         return TextToImageLoss(vision, vision, None)
     text = text_loss(output.text_logits, input_ids, attention_mask, patch_size**2)

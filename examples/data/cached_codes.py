@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from bitdance_diffusers import BitDanceTokenizer
@@ -17,7 +17,7 @@ from data.folders import ClassFolder, ImageFolder
 from data.hub_dataset import HubDataset
 from icon_world.dataset import IconDataset
 
-ENCODE_BATCH_SIZE = 64
+ENCODE_PIXELS = 2**21  # of a batch: 512 pictures of 64 x 64, 8 of 512 x 512
 TARGET_FILES = {"text": "captions.json", "label": "labels.json"}
 
 
@@ -56,24 +56,18 @@ class _InOrder(Dataset):
 
 def describe_pictures(dataset: Dataset) -> Any:
     """What a change of the pictures, captions or labels changes, as JSON."""
+    if isinstance(dataset, ConcatDataset):
+        return [describe_pictures(part) for part in dataset.datasets]
     if isinstance(dataset, Subset):
         return [describe_pictures(dataset.dataset), len(dataset)]
     if isinstance(dataset, ImageFolder | ClassFolder):
         entries = [[path.name, path.stat().st_size, path.stat().st_mtime_ns, to] for path, to in dataset.entries]
-        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        return [hashlib.sha256(json.dumps(entries).encode()).hexdigest(), dataset.background]
     if isinstance(dataset, HubDataset):
-        return [dataset.rows._fingerprint, dataset.image_column, dataset.target_column]
+        return [dataset.rows._fingerprint, dataset.image_column, dataset.target_column, dataset.background]
     if isinstance(dataset, IconDataset):
         return [dataset.num_pictures, dataset.seed, dict(dataset.category_weights or {}), dataset.smaller_share]
     raise TypeError(f"`dataset` is {type(dataset).__name__}; codes cannot be kept for it.")
-
-
-def describe_vae(vae: BitDanceTokenizer) -> str:
-    """Digest of the encoder's weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(vae.encoder.state_dict().items()):
-        digest.update(name.encode() + parameter.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -95,7 +89,7 @@ def cache_codes(
     key = {
         "pictures": describe_pictures(dataset.pictures),
         "resolution": dataset.resolution,
-        "vae": describe_vae(vae),
+        "vae": vae.fingerprint(),
     }
     key = json.loads(json.dumps(key))
     if folder.exists():
@@ -122,7 +116,8 @@ def cache_codes(
     )
     codes = np.lib.format.open_memmap(partial / "codes.npy", mode="r+")
     targets = []
-    pictures = DataLoader(_InOrder(dataset, start, end), ENCODE_BATCH_SIZE, num_workers=num_workers)
+    batch_size = max(1, ENCODE_PIXELS // dataset.resolution**2)
+    pictures = DataLoader(_InOrder(dataset, start, end), batch_size, num_workers=num_workers)
     for batch in tqdm(pictures, desc="Encoding pictures", disable=not accelerator.is_local_main_process):
         place = start + len(targets)
         code = vae.encode(batch["pixel_values"].to(accelerator.device)).code

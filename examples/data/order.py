@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,33 +42,51 @@ class TrainingOrder:
             batch += 1
 
 
+class PairedOrder:
+    """Batches of twice the size: of two orders in turn, the indices of the second counted from `second_start`."""
+
+    def __init__(self, first: TrainingOrder, second: TrainingOrder, second_start: int) -> None:
+        self.first, self.second, self.second_start = first, second, second_start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for first, second in zip(self.first, self.second, strict=True):
+            pairs = ((one, (epoch, self.second_start + i)) for one, (epoch, i) in zip(first, second, strict=True))
+            yield [index for pair in pairs for index in pair]
+
+
 def create_dataloader(
-    args: argparse.Namespace, dataset: Dataset, accelerator: Accelerator, first_step: int
+    args: argparse.Namespace,
+    dataset: Dataset,
+    accelerator: Accelerator,
+    first_step: int,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    num_paired: int = 0,
 ) -> DataLoader:
     """
-    Batches without end, from optimizer step `first_step` on, of a dataset that is indexed by (epoch, i). Not to be
+    Batches without end, from optimizer step `first_step` on, of a dataset that is indexed by (epoch, i); `collate`
+    makes them of items, in the workers. Beside each item stands one of the last `num_paired`, if there are. Not to be
     prepared by accelerate: it is this process's share already.
     """
-    order = TrainingOrder(
-        len(dataset),
-        args.train_batch_size,
-        args.seed,
-        accelerator.num_processes,
-        accelerator.process_index,
-        first_step * args.gradient_accumulation_steps,
-    )
+
+    def shuffled(num_samples: int, seed: int) -> TrainingOrder:
+        first_batch = first_step * args.gradient_accumulation_steps
+        share = (accelerator.num_processes, accelerator.process_index, first_batch)
+        return TrainingOrder(num_samples, args.train_batch_size, seed, *share)
+
+    order = shuffled(len(dataset) - num_paired, args.seed)
+    if num_paired:
+        order = PairedOrder(order, shuffled(num_paired, args.seed + 1), len(dataset) - num_paired)
     return DataLoader(
         dataset,
         batch_sampler=order,
+        collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # else every start of the workers would take a number from the global state
     )
 
 
-def count_steps(args: argparse.Namespace, num_samples: int, num_processes: int) -> int:
-    """Optimizer steps of the run: `--max_train_steps`, or what `--num_train_epochs` come to."""
-    if args.max_train_steps is not None:
-        return args.max_train_steps
+def count_steps(args: argparse.Namespace, num_samples: int, num_processes: int, num_epochs: int) -> int:
+    """Optimizer steps of so many epochs, each of which shows a picture `--repeats` times, where there is that."""
     per_step = args.train_batch_size * num_processes * args.gradient_accumulation_steps
-    return math.ceil(args.num_train_epochs * num_samples / per_step)
+    return math.ceil(num_epochs * num_samples * getattr(args, "repeats", 1) / per_step)

@@ -36,7 +36,14 @@ def write_json(path: Path, result: dict) -> None:
 
 
 def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or what a folder lists, is on the disk."""
+    try:
+        # Windows flushes only what is open for writing, and opens no folders; it has no need to flush them either.
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

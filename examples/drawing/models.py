@@ -16,12 +16,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `load_pipeline` takes."""
     parser.add_argument("--model", default=str(SHIPPED_MODEL), help="a pipeline's folder, or its name on the Hub")
+    parser.add_argument("--lora", help="a LoRA for it: a file, a folder or a repository")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; float32 on a CPU, else bfloat16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the first accelerator where there is one")
 
 
 def load_pipeline(
-    model: str, dtype: str | None, device: str | None, pipeline_class: type[DiffusionPipeline] = BitDancePipeline
+    model: str,
+    dtype: str | None,
+    device: str | None,
+    pipeline_class: type[DiffusionPipeline] = BitDancePipeline,
+    lora: str | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline onto a device.
 
@@ -30,10 +35,11 @@ def load_pipeline(
         dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU and bfloat16 elsewhere.
         device: what `torch.device` takes; None is the accelerator where there is one, else the CPU.
         pipeline_class: the pipeline that the model has to be.
+        lora: a LoRA's file, a folder with one, or the name of a repository.
 
     Raises:
         ValueError: for a device that torch does not know or this machine lacks, a model that is neither a pipeline's
-            folder nor a repository's name, or a checkpoint that does not load.
+            folder nor a repository's name, a checkpoint that does not load, or a LoRA that does not fit it.
     """
     torch_device = find_device(device)
     check_model(model)
@@ -42,6 +48,11 @@ def load_pipeline(
         pipe = pipeline_class.from_pretrained(model, dtype=weights_dtype).to(torch_device)
     except OSError as error:  # what Diffusers raises for a repository or a file that is not there
         raise ValueError(f"`model` cannot be loaded: {error}") from error
+    if lora is not None:
+        try:
+            pipe.load_lora_weights(lora)
+        except OSError as error:
+            raise ValueError(f"`lora` cannot be loaded: {error}") from error
     return pipe
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.whole_files import new_folder
+from icon_world.new_shape import NewShapeWorld
 from icon_world.world import IconWorld, category_probabilities
 
 
@@ -20,6 +21,7 @@ class IconDataset(Dataset):
         seed: two seeds give different pictures.
         category_weights: see `IconWorld.sample_prompt`.
         smaller_share: in [0, 1], the share of pictures whose icons are drawn `smaller` (`IconWorld.draw_scene`).
+        world: another than the icon world as it is.
 
     An item is `{"image": PIL RGB 64x64, "text": prompt}`.
 
@@ -34,6 +36,7 @@ class IconDataset(Dataset):
         seed: int,
         category_weights: Mapping[str, float] | None = None,
         smaller_share: float = 0.0,
+        world: IconWorld | None = None,
     ):
         if num_pictures < 1:
             raise ValueError(f"`num_pictures` has to be at least 1, but is {num_pictures}.")
@@ -46,7 +49,7 @@ class IconDataset(Dataset):
         self.seed = seed
         self.category_weights = category_weights
         self.smaller_share = smaller_share
-        self.world = IconWorld()
+        self.world = IconWorld() if world is None else world
 
     def __len__(self) -> int:
         return self.num_pictures
@@ -60,13 +63,19 @@ class IconDataset(Dataset):
         return {"image": self.world.draw_scene(prompt, rng, smaller)[0], "text": prompt.text}
 
 
-def write_image_folder(output_dir: Path, num_pictures: int, seed: int) -> None:
-    """Write an `IconDataset` as an image folder: `000000.png`, ... and their prompts in `metadata.jsonl`.
+def write_image_folder(output_dir: Path, num_pictures: int, seed: int, new_shape: str | None = None) -> None:
+    """
+    Write an `IconDataset` as an image folder: `000000.png`, ... and their prompts in `metadata.jsonl`. With a
+    `new_shape` (`NewShapeWorld`) all of them show that; single objects are then left out.
 
     Raises:
         FileExistsError: if there is something at `output_dir`.
+        ValueError: for another shape than those.
     """
-    dataset = IconDataset(num_pictures, seed)
+    if new_shape is None:
+        dataset = IconDataset(num_pictures, seed)
+    else:
+        dataset = IconDataset(num_pictures, seed, {"single_object": 0}, world=NewShapeWorld(new_shape))
     with new_folder(output_dir) as folder, (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
         for index in range(num_pictures):
             item = dataset[index]

@@ -71,9 +71,10 @@ def rate_pictures(
 
 
 def score_categories(rated: list[Rated]) -> dict[str, Score]:
-    """The score of each category, and the mean over the categories under "mean"."""
+    """The score of each category that was rated, and the mean over these categories under "mean"."""
     scores = {}
-    for category in CATEGORIES:
+    rated_categories = {one.category for one in rated}
+    for category in [category for category in CATEGORIES if category in rated_categories]:
         reasons = [one.reason for one in rated if one.category == category]
         scores[category] = wilson_score(reasons.count(""), len(reasons))
     return scores | {"mean": mean_score(list(scores.values()))}

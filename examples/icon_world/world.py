@@ -81,15 +81,19 @@ class Verdict:
 class IconWorld:
     """Draws, enumerates and checks the pictures of the icon world.
 
+    Args:
+        new_shapes: more shapes than the world's own, by name: (codepoint, plural).
+
     Raises:
         ImportError: without the package `fontawesomefree` in the version that `icons_world.json` names.
     """
 
-    def __init__(self):
+    def __init__(self, new_shapes: Mapping[str, tuple[str, str]] | None = None):
         constants = json.loads((Path(__file__).parent / "icons_world.json").read_text(encoding="utf-8"))
         self.canvas: int = constants["canvas"]
         self.background = np.array(constants["background"], dtype=np.uint8)
-        self.shapes: dict[str, str] = {shape: plural for shape, (_, plural) in constants["shapes"].items()}
+        shapes = constants["shapes"] | dict(new_shapes or {})
+        self.shapes: dict[str, str] = {shape: plural for shape, (_, plural) in shapes.items()}
         self.colors = {color: np.array(rgb, dtype=np.uint8) for color, rgb in constants["colors"].items()}
         self.counts: dict[int, str] = {int(number): word for number, word in constants["counts"].items()}
         self.relations: list[str] = constants["relations"]
@@ -98,9 +102,7 @@ class IconWorld:
         self.gap_px: int = constants["min_gap_px"]
 
         font = find_font(constants["font"]["package"], constants["font"]["file"])
-        self._masks = {
-            shape: draw_glyph(font, chr(int(codepoint, 16))) for shape, (codepoint, _) in constants["shapes"].items()
-        }
+        self._masks = {shape: draw_glyph(font, chr(int(codepoint, 16))) for shape, (codepoint, _) in shapes.items()}
 
     # Prompts
 

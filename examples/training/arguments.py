@@ -3,11 +3,14 @@
 import argparse
 import json
 import math
-from collections.abc import Iterable
+import shlex
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from diffusers.optimization import SchedulerType
+from PIL import ImageColor
 
 # Arguments that may differ between a run and its continuation: they do not change what a step computes.
 FREE_ON_RESUME = {
@@ -15,6 +18,7 @@ FREE_ON_RESUME = {
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps",
     "push_to_hub", "hub_model_id", "hub_token", "lr_decay_steps", "validation_prompts", "num_validation_images",
     "num_inference_steps", "guidance_scale", "save_dtype", "cache_codes", "validation_labels", "guidance_schedule",
+    "validation_epochs", "max_skipped_steps", "skip_checksums", "command", "license", "max_sequence_length",
     "num_validation_prompts", "score", "score_arguments",
 }  # fmt: skip
 
@@ -28,6 +32,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset_name", help="a dataset of the Hub, or a folder, for `datasets.load_dataset`")
     data.add_argument("--dataset_config_name", help="configuration of --dataset_name")
     data.add_argument("--image_column", default="image", help="column of --dataset_name with the pictures")
+    data.add_argument("--background_color", default="white", help="behind what is transparent: a name or #rrggbb")
     data.add_argument("--max_train_samples", type=int, help="use only the first so many pictures")
     data.add_argument("--resolution", type=int, default=256, help="height and width of the pictures in training")
     data.add_argument("--center_crop", action="store_true", help="crop the centre in place of a random part")
@@ -52,12 +57,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--checkpointing_steps", type=int, default=500)
     run.add_argument("--checkpoints_total_limit", type=int, help="keep only the newest so many")
     run.add_argument("--resume_from_checkpoint", metavar="latest|PATH")
+    run.add_argument("--skip_checksums", action="store_true", help="resume without reading every file to check it")
+    run.add_argument(
+        "--max_skipped_steps",
+        type=int,
+        default=20,
+        help="end the run after so many steps in a row whose loss or gradients are not finite",
+    )
     run.add_argument("--validation_steps", type=int, default=500)
     run.add_argument("--report_to", default="tensorboard", help="a tracker of accelerate, `all` or `none`")
     run.add_argument("--logging_dir", default="logs", help="inside --output_dir")
     run.add_argument("--push_to_hub", action="store_true")
     run.add_argument("--hub_model_id", help="by default the name of --output_dir")
     run.add_argument("--hub_token")
+    run.add_argument("--license", help="of the weights, for the model card; by default that of the model's own card")
 
     optimizer = parser.add_argument_group("optimizer")
     optimizer.add_argument("--learning_rate", type=float, default=1e-4)
@@ -71,6 +84,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     optimizer.add_argument("--adam_weight_decay", type=float, default=0.0)
     optimizer.add_argument("--adam_epsilon", type=float, default=1e-8)
     optimizer.add_argument("--max_grad_norm", type=float, default=1.0)
+    optimizer.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes; needs a GPU")
 
 
 def add_icons_argument(parser: argparse.ArgumentParser) -> None:
@@ -83,12 +97,22 @@ def check_picture_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for a number out of range or arguments in conflict, naming them.
     """
-    sources = [name for name in ("train_data_dir", "dataset_name", "icons") if hasattr(args, name)]
+    sources = ("train_data_dir", "dataset_name", "icons", "instance_data_dir")
+    sources = [name for name in sources if hasattr(args, name)]
     given = [name for name in sources if getattr(args, name) is not None]
     if len(given) != 1:
         raise ValueError(f"Give exactly one of {list_flags(sources)}, not {list_flags(given) or 'none'}.")
-    check_at_least(args, 1, "icons", "max_train_samples", "resolution", "num_train_epochs")
+    check_at_least(
+        args, 1, "icons", "max_train_samples", "resolution", "num_train_epochs", "validation_epochs", "repeats",
+        "num_class_images",
+    )  # fmt: skip
     check_at_least(args, 0, "dataloader_num_workers")
+    try:
+        ImageColor.getcolor(args.background_color, "RGB")
+    except ValueError as error:
+        raise ValueError(
+            f"--background_color has to be a color's name or #rrggbb, but is {args.background_color!r}."
+        ) from error
 
 
 def check_run_arguments(args: argparse.Namespace) -> None:
@@ -98,7 +122,7 @@ def check_run_arguments(args: argparse.Namespace) -> None:
     """
     check_at_least(
         args, 1, "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps",
-        "checkpoints_total_limit", "validation_steps",
+        "checkpoints_total_limit", "validation_steps", "max_skipped_steps",
     )  # fmt: skip
     check_at_least(args, 0, "seed", "lr_warmup_steps", "lr_decay_steps")
     for name in ("learning_rate", "max_grad_norm"):
@@ -120,6 +144,25 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
             raise ValueError(f"--{name} has to be at least {least} but is {value}.")
 
 
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, check: Callable[[argparse.Namespace], None]
+) -> argparse.Namespace:
+    """
+    The arguments of a script, `check`ed: what that raises as a `ValueError` is an error of the command line. `command`
+    is that command line, for the model card, without a token.
+    """
+    args = parser.parse_args(arguments)
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    words = ["python", f"examples/{parser.prog}", *(sys.argv[1:] if arguments is None else arguments)]
+    if args.hub_token is not None:
+        words = [word.replace(args.hub_token, "TOKEN") for word in words]
+    args.command = shlex.join(map(str, words))
+    return args
+
+
 def list_flags(names: Iterable[str]) -> str:
     """The arguments as they are written on the command line."""
     return ", ".join(f"--{name}" for name in names)
@@ -129,3 +172,8 @@ def training_configuration(args: argparse.Namespace, num_processes: int, **more:
     """What has to be equal in a run and its continuation: the arguments but `FREE_ON_RESUME`, and `more`."""
     configuration = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
     return json.loads(json.dumps({**configuration, "num_processes": num_processes, **more}, default=str))
+
+
+def loggable(args: argparse.Namespace) -> dict[str, str]:
+    """The arguments for the trackers, without the secret one."""
+    return {name: str(value) for name, value in vars(args).items() if name != "hub_token"}

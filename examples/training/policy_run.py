@@ -27,30 +27,13 @@ from bitdance_diffusers.training.policy import (
     subtract_kl_to_go,
 )
 from bitdance_diffusers.training.rollouts import GaussianSteps, RolloutScheduler, TransitionRecorder
-from drawing.models import DTYPES
 from rewards.loading import Reward, rate
 from scores.diversity import pairwise_code_distance
+from training.lora import is_adapted
 from training.randomness import random_generator
 from training.transformer_run import Pipeline, Transformer, TransformerRun
 
 logger = get_logger(__name__)
-
-# The attention and feed-forward layers of the decoder and the head
-LORA_MODULES = (
-    r"(layers|head\.blocks)\..*\.(to_q|to_k|to_v|to_qkv|to_out\.0|gate_proj|up_proj|down_proj|linear_in|linear_out)"
-    r"|head\.blocks\.\d+\.attn\.to_out"
-)
-
-
-def add_lora(transformer: Transformer, rank: int, seed: int) -> None:
-    """Freeze the transformer, and add LoRA layers that are trained in its place."""
-    from peft import LoraConfig
-
-    transformer.requires_grad_(False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_MODULES))
-
 
 # What pictures are asked for
 
@@ -196,12 +179,20 @@ class PolicyTraining(TransformerRun):
         asked = [prompt for prompt in self.asked for _ in range(args.num_validation_images)]
         validation: Mapping[str, Any] = prompts.call_arguments(asked)
         self.reference = None
-        if args.lora_rank is None:
+        if not is_adapted(pipeline.transformer):
             self.reference = copy.deepcopy(pipeline.transformer).eval().requires_grad_(False).to(accelerator.device)
-        else:
-            add_lora(pipeline.transformer, args.lora_rank, args.seed)
+        pictures = args.num_prompts * accelerator.num_processes * args.num_images_per_prompt
         super().__init__(
-            "train_grpo", args, accelerator, pipeline, args.max_train_steps, checkpoint, validation, len(self.asked)
+            "train_grpo",
+            args,
+            accelerator,
+            pipeline,
+            args.max_train_steps,
+            f"reinforced by `train_grpo.py` with the reward `{args.reward}`",
+            f"its own pictures, {pictures} drawn anew in every iteration",
+            checkpoint,
+            validation,
+            len(self.asked),
         )
         guidance_scale = args.rollout_guidance_scale
         if guidance_scale is None:
@@ -213,9 +204,9 @@ class PolicyTraining(TransformerRun):
     def train(self) -> None:
         """All iterations that are left."""
         if self.step == 0:
-            trained = self.trained_transformer()
-            if self.accelerator.is_main_process:
-                self.validate(trained)
+            with self.trained_transformer() as trained:
+                if self.accelerator.is_main_process:
+                    self.validate(trained)
             self.timer.lap("rest")
         while self.step < self.num_steps:
             iteration = self.step // self.steps_per_iteration
@@ -237,6 +228,7 @@ class PolicyTraining(TransformerRun):
         args, accelerator, pipeline = self.args, self.accelerator, self.pipeline
         window = self.choose_steps(iteration)
         self.rollout_scheduler.stochastic_steps = window if args.stochastic_steps == "window" else None
+        self.rollout_scheduler.set_timesteps(args.rollout_steps, accelerator.device)  # the pipeline prepares a copy
         rng = np.random.default_rng((args.seed, iteration))
         asked = self.prompts.draw(rng, args.num_prompts * accelerator.num_processes)
         first = args.num_prompts * accelerator.process_index
@@ -317,14 +309,11 @@ class PolicyTraining(TransformerRun):
         kl = gaussian_kl(rollout.steps, old, expected)  # (K, N, M)
         advantages = group_advantages(rollout.rewards, group_size, args.advantage_scale == "group_std")
         advantages = subtract_kl_to_go(advantages, kl, args.kl_weight, group_size)
-        logs = torch.stack(
-            [
-                rollout.rewards.mean(),
-                kl.sum(dim=(0, 2)).mean(),
-                torch.tensor(rollout.diversity, device=device),
-            ]
-        )
-        logs = dict(zip(("reward", "kl", "diversity"), accelerator.reduce(logs, "mean"), strict=True))
+        logs = {
+            "reward": rollout.rewards.mean(),
+            "kl": kl.sum(dim=(0, 2)).mean(),
+            "diversity": torch.tensor(rollout.diversity, device=device),
+        }
 
         # 3. Steps
         for _ in range(args.num_inner_epochs):
@@ -358,19 +347,9 @@ class PolicyTraining(TransformerRun):
         finally:
             transformer.enable_lora()
 
-    def trained_transformer(self) -> Transformer:
-        if self.args.lora_rank is None:
-            return super().trained_transformer()
-        transformer = self.accelerator.unwrap_model(self.transformer)
-        with in_float32(transformer):
-            merged = copy.deepcopy(transformer)
-        merged.fuse_lora()
-        merged.unload_lora()
-        return merged.to(DTYPES[self.args.save_dtype]).eval().requires_grad_(False)
-
-    def validate(self, transformer: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw_validation(self, transformer: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
         """As ever, by the pipeline's own scheduler and defaults; what the score makes of it is logged."""
-        code, images = super().validate(transformer)
+        code, images = super().draw_validation(transformer)
         group_size = self.args.num_validation_images
         asked = [prompt for prompt in self.asked for _ in range(group_size)]
         pictures = self.pipeline.image_processor.pt_to_numpy(images)
@@ -381,13 +360,3 @@ class PolicyTraining(TransformerRun):
         logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
         self.accelerator.log(logs, step=self.step)
         return code, images
-
-    def save(self, transformer: Transformer) -> None:
-        """The trained pipeline, or its LoRA layers alone."""
-        if self.args.lora_rank is None:
-            super().save(transformer)
-            return
-        from peft import get_peft_model_state_dict
-
-        layers = get_peft_model_state_dict(self.accelerator.unwrap_model(self.transformer), adapter_name="default")
-        BitDancePipeline.save_lora_weights(self.args.output_dir, layers)

@@ -36,11 +36,12 @@ def image_grid(columns: list[torch.Tensor]) -> Image.Image:
     return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int, output_dir: Path) -> None:
-    """Write a picture to `output_dir/validation` and to the trackers that take pictures."""
+def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int, output_dir: Path) -> Path:
+    """Write a picture to `output_dir/validation`, returning where, and to the trackers that take pictures."""
     folder = output_dir / "validation"
     folder.mkdir(parents=True, exist_ok=True)
-    save_image(image, folder / f"{name}-{step:06d}.png")
+    path = folder / f"{name}-{step:06d}.png"
+    save_image(image, path)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
@@ -48,3 +49,4 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
             import wandb
 
             tracker.log({name: wandb.Image(image)}, step=step)
+    return path

@@ -7,23 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import read_pickle
-from convert_class_to_image import IMAGENET_LABELS, RELEASED_GUIDANCE_SCALES, convert_class_to_image, main
+from convert_class_to_image import main
 from safetensors.torch import load_file, save_file
-from weights import (
-    RELEASED_CLASS_MODELS,
-    class_config_from_original,
-    class_tensor_from_original,
-    class_tensor_shape_to_original,
-    class_tensor_to_original,
-    class_transformer_key_to_original,
-)
 
 from bitdance_diffusers import (
     BinaryDiffusionScheduler,
     BitDanceClassPipeline,
     BitDanceClassTransformer,
     BitDanceTokenizer,
+)
+from bitdance_diffusers.loaders.checkpoint_files import read_pickle
+from bitdance_diffusers.loaders.convert import convert_class_to_image
+from bitdance_diffusers.loaders.original_class_to_image import IMAGENET_LABELS, RELEASED_GUIDANCE_SCALES
+from bitdance_diffusers.loaders.original_names import (
+    RELEASED_CLASS_MODELS,
+    class_config_from_original,
+    class_tensor_from_original,
+    class_tensor_shape_to_original,
+    class_tensor_to_original,
+    class_transformer_key_to_original,
 )
 
 COMMANDS = Path(__file__).parents[2] / "conversion"

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_text_to_image import convert_text_to_image, main
+from convert_text_to_image import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTokenizer, BitDanceTransformer
+from bitdance_diffusers.loaders.convert import convert_text_to_image
 from bitdance_diffusers.patch_order import grid_to_patches
 
 

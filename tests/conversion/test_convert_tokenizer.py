@@ -4,10 +4,12 @@ import os
 
 import pytest
 import torch
-from convert_tokenizer import RELEASED_CONFIG, convert_tokenizer, main
+from convert_tokenizer import main
 from safetensors.torch import load_file
 
 from bitdance_diffusers import BitDanceTokenizer
+from bitdance_diffusers.loaders.convert import convert_tokenizer
+from bitdance_diffusers.loaders.original_autoencoder import RELEASED_CONFIG
 
 
 @pytest.fixture

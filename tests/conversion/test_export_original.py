@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import TOKENIZER_FILES, open_safetensors_folder, read_pickle, read_settings
-from convert_class_to_image import convert_class_to_image
-from convert_text_to_image import convert_text_to_image
-from export_original import export_original, main
+from export_original import main
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from weights import class_args_to_original
 
 from bitdance_diffusers import (
     BinaryDiffusionScheduler,
@@ -22,6 +18,15 @@ from bitdance_diffusers import (
     BitDancePipeline,
     BitDanceTokenizer,
 )
+from bitdance_diffusers.loaders.checkpoint_files import (
+    TOKENIZER_FILES,
+    open_safetensors_folder,
+    read_pickle,
+    read_settings,
+)
+from bitdance_diffusers.loaders.convert import convert_class_to_image, convert_text_to_image
+from bitdance_diffusers.loaders.export_original import export_original
+from bitdance_diffusers.loaders.original_names import class_args_to_original
 
 PARTS = ("model", "projector", "vision_head", "ae")
 MODEL_FILE = "diffusion_pytorch_model.safetensors"

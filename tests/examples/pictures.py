@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def write_pictures(folder, number=4, size=(40, 32)):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = []
     for i in range(number):

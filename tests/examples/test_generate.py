@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from PIL import Image
 
 from drawing.models import find_device
 from drawing.pictures import make_grid
-from generate import SHIPPED_PROMPTS, main, save
+from generate import SHIPPED_PROMPTS, is_picture, main, save
 from icon_world.world import IconWorld
 
 SMALL = ["--height", "32", "--width", "48", "--num_inference_steps", "2"]
@@ -98,9 +99,9 @@ def test_several_pictures_of_each_prompt(run, tmp_path):
 
 
 def test_prompts_from_a_file_are_its_lines(run, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a star\n\n  a car \r\n", encoding="utf-8")
-    paths = run("--prompt_file", tmp_path / "prompts.txt", "--output", tmp_path / "folder")
-    assert [path.rpartition("/")[2] for path in paths] == ["000-a-star.png", "001-a-car.png"]
+    (tmp_path / "prompts.txt").write_text("\ufeffa\u2028star\n\n  a\x85car \r\n", encoding="utf-8", newline="")
+    paths = run("--prompt_file", tmp_path / "prompts.txt", "--output", tmp_path / "icons-0.5")
+    assert paths == [str(tmp_path / "icons-0.5" / name) for name in ("000-a-star.png", "001-a-car.png")]
 
 
 def test_a_grid_shows_every_picture_above_its_caption():
@@ -114,6 +115,14 @@ def test_a_grid_shows_every_picture_above_its_caption():
         assert (cell[4 : 4 + 192, 4 : 4 + 192] == np.asarray(image)[0, 0]).all()
         assert (cell[4 + 192 :] < 128).any() == (index != 1)
     assert (grid[height:, 2 * width :] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "picture"),
+    [("a.png", True), ("a.jp2", True), ("a.txt", True), ("icons-0.5", False), ("v1.2-beta", False), ("a", False)],
+)
+def test_a_name_with_a_number_behind_its_dot_is_a_folder(name, picture):
+    assert is_picture(Path("runs") / name) == picture
 
 
 def test_an_existing_folder_may_have_a_dot_in_its_name(tmp_path):
@@ -143,7 +152,10 @@ def test_the_shipped_prompts_are_held_out_and_of_every_kind():
         (["a", "--num_images_per_prompt", "0"], "`num_images_per_prompt` has to be at least 1, but is 0"),
         (["a", "--seed", "-1"], "`seed` has to be from 0 to"),
         (["--model", "tests"], "`prompt` is missing"),
-        (["--prompt_file", "tests/nosuch.txt"], "`prompt_file` cannot be read: tests/nosuch.txt"),
+        (
+            ["--prompt_file", "tests/nosuch.txt"],
+            "`prompt_file` cannot be read: [Errno 2] No such file or directory",
+        ),
         (["a", "--prompt_file", "setup.py"], "`prompt` and `prompt_file` are both given"),
     ],
 )
@@ -156,8 +168,8 @@ def test_a_prompt_file_has_to_hold_prompts(refused, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text(" \n\n")
     assert f"`prompt_file` has no prompts: {file}" in refused("--prompt_file", file)
-    file.write_bytes(b"\xff\xfe\xfa")
-    assert f"`prompt_file` cannot be read: {file}" in refused("--prompt_file", file)
+    file.write_bytes(b"a star\n\xff\xfe\xfa")
+    assert f"`prompt_file` cannot be read: {file} has to be UTF-8, but its line 2" in refused("--prompt_file", file)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_loads(refused, tmp_path):

@@ -1,7 +1,4 @@
 import json
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,14 +11,11 @@ from bitdance_diffusers import BitDanceClassPipeline, BitDanceClassTransformer
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws, class_to_image_loss
 from tests.examples.training_runs import (
-    ENVIRONMENT,
     assert_equal_checkpoints,
     assert_equal_states,
-    command_line,
-    killed_in_a_checkpoint,
-    recorded,
+    kill_in_a_checkpoint,
+    record,
     reset_accelerator,
-    transformer_weights,
 )
 
 CONFIG = {
@@ -71,7 +65,11 @@ def arguments(workplace, class_pipeline_path):
             "learning_rate": 1e-3,
             "report_to": "none",
         }
-        return command_line({**defaults, **more})
+        flags = []
+        for name, value in {**defaults, **more}.items():
+            values = value if isinstance(value, list) else [value]
+            flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
+        return flags
 
     return arguments
 
@@ -87,6 +85,11 @@ def train(arguments, workplace):
     return train
 
 
+def weights(folder):
+    files = (folder / "transformer").glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -96,36 +99,24 @@ def train(arguments, workplace):
 )
 def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options):
     unbroken = train("unbroken", **options)
-    command = [sys.executable, "-c", killed_in_a_checkpoint("train_class"), *arguments("killed", **options)]
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_in_a_checkpoint(train_class, arguments("killed", **options))
     folder = workplace / "killed"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")}
     resumed = train("killed", resume_from_checkpoint="latest", **options)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")} == before
 
-    assert_equal_states(transformer_weights(unbroken), transformer_weights(resumed))
+    assert_equal_states(weights(unbroken), weights(resumed))
     assert_equal_checkpoints(unbroken / "checkpoint-6", resumed / "checkpoint-6")
     assert [p.name for p in sorted(resumed.glob(".*"))] == []
 
 
 def test_two_processes_equal_one(workplace, arguments):
-    def record(name, batch_size, num_processes):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}",
-            workplace / "recorded.py", workplace / name,
-            *arguments(f"out-{name}", train_batch_size=batch_size, max_train_steps=20, checkpointing_steps=100,
-                       learning_rate=1e-4),
-        ]  # fmt: skip
-        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return torch.load(f"{workplace / name}-0", weights_only=True)
-
-    (workplace / "recorded.py").write_text(recorded("train_class"), encoding="utf-8")
-    one, two = record("one", 8, 1), record("two", 4, 2)
+    options = {"max_train_steps": 20, "checkpointing_steps": 100, "learning_rate": 1e-4}
+    one, two = (
+        record(train_class, arguments(f"out-{n}", train_batch_size=8 // n, **options), n, workplace / f"recorded-{n}")
+        for n in (1, 2)
+    )
     assert any(gradient.abs().max() > 0 for gradient in one["gradients"])
     for a, b in zip(one["gradients"], two["gradients"], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
@@ -140,7 +131,7 @@ def test_from_scratch_leaves_a_pipeline(train, workplace):
         guidance_schedule="constant", report_to="tensorboard", save_dtype="bfloat16", mixed_precision="bf16",
         gradient_checkpointing=True,
     )  # fmt: skip
-    after = transformer_weights(folder)
+    after = weights(folder)
     assert all(value.dtype == torch.bfloat16 and value.isfinite().all() for value in after.values())
     averaged = load_file(folder / "checkpoint-6" / "ema.safetensors")
     assert torch.equal(averaged["0"].bfloat16(), after["class_embed.weight"])
@@ -165,7 +156,7 @@ def test_from_scratch_leaves_a_pipeline(train, workplace):
         "again", transformer_config=None, vae_path=None, pretrained_model_name_or_path=folder, max_train_steps=1,
         learning_rate=1e-12, guidance_scale=3,
     )  # fmt: skip
-    for name, value in transformer_weights(again).items():
+    for name, value in weights(again).items():
         torch.testing.assert_close(value, after[name].float(), msg=name)
     pipeline = BitDanceClassPipeline.from_pretrained(again)
     assert pipeline.config.label_names == ["ant", "beetle", "cat"]
@@ -177,7 +168,7 @@ def test_cached_codes_train_alike(train, workplace):
     cached = train("cached", **options)
     assert json.loads((workplace / "codes" / "labels.json").read_text(encoding="utf-8")) == [0, 1, 2] * 3 + [0]
     encoded = train("encoded", **{**options, "cache_codes": None})
-    assert_equal_states(transformer_weights(cached), transformer_weights(encoded))
+    assert_equal_states(weights(cached), weights(encoded))
     (workplace / "pictures" / "ant" / "0.png").rename(workplace / "pictures" / "cat" / "0.png")
     with pytest.raises(ValueError, match="made with other pictures"):
         train("stale", **options)
@@ -242,6 +233,7 @@ def test_four_pictures_are_learnt():
         ({"bit_flip_probability": -1}, "--bit_flip_probability"),
         ({"guidance_schedule": "cosine"}, "invalid choice: 'cosine'"),
         ({"cache_codes": True}, "needs --center_crop"),
+        ({"background_color": "colour"}, "--background_color has to be a color's name or #rrggbb, but is 'colour'"),
         ({"icons": 4}, "unrecognized arguments: --icons"),
     ],
 )
@@ -258,7 +250,7 @@ def test_bad_arguments(arguments, capsys, options, message):
         ({"validation_labels": "dog"}, "'dog', which is not the name of a class"),
         ({"validation_labels": "3"}, "the classes are 0 to 2"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3 is not a checkpoint"),
     ],
 )
 def test_bad_arguments_that_only_the_files_show(train, workplace, options, message):
@@ -297,3 +289,29 @@ def test_another_run_in_the_output_folder(train):
         train("out", max_train_steps=2)
     with pytest.raises(ValueError, match="another configuration .*label_dropout"):
         train("out", max_train_steps=4, label_dropout=0.2, resume_from_checkpoint="latest")
+
+
+def test_lora(train, workplace, class_pipeline_path):
+    base = class_pipeline_path("class_p4")
+    pipeline = BitDanceClassPipeline.from_pretrained(base)
+    number = pipeline.transformer.config.num_classes
+    for label in range(number):
+        folder = workplace / "many" / f"{label:03d}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (16, 16), (label * 40 % 256, 90, 30)).save(folder / "0.png")
+    options = {"pretrained_model_name_or_path": base, "transformer_config": None, "vae_path": None}
+    resolution = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    options |= {"train_data_dir": workplace / "many", "resolution": resolution, "rank": 2, "learning_rate": 1e-2}
+    folder = train("out", **options, validation_labels="1", num_validation_images=1, num_inference_steps=2)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline([1], num_inference_steps=2, generator=generator, output_type="latent").images
+
+    before = draw()
+    pipeline.load_lora_weights(folder)
+    assert not torch.equal(draw(), before)
+    assert not (folder / "model_index.json").exists()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "BitDanceClassPipeline.from_pretrained" in card and "image = pipe([1]).images[0]" in card

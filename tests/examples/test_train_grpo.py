@@ -1,7 +1,3 @@
-import signal
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,13 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_grpo
 from bitdance_diffusers import BitDanceClassPipeline
 from tests.examples.training_runs import (
-    ENVIRONMENT,
     assert_equal_checkpoints,
     assert_equal_states,
-    command_line,
-    killed_in_a_checkpoint,
-    recorded,
+    kill_in_a_checkpoint,
+    record,
     reset_accelerator,
+    to_flags,
 )
 
 REWARD = """
@@ -77,7 +72,7 @@ def arguments(workplace, model):
             "learning_rate": 1e-3,
             "report_to": "none",
         }
-        return command_line({**defaults, **more})
+        return to_flags({**defaults, **more})
 
     return arguments
 
@@ -108,15 +103,12 @@ def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, of_clas
             "num_inner_epochs": 2,
             "rollout_guidance_scale": 2,
             "ratio_level": "patch",
-            "lora_rank": 2,
+            "rank": 2,
+            "use_ema": True,
         },
     }[kind]
     unbroken = train("unbroken", **options)
-    command = [sys.executable, "-c", killed_in_a_checkpoint("train_grpo"), *arguments("killed", **options)]
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment["PYTHONPATH"] += f":{workplace}"
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_in_a_checkpoint(train_grpo, arguments("killed", **options))
     folder = workplace / "killed"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     resumed = train("killed", resume_from_checkpoint="latest", **options)
@@ -128,21 +120,11 @@ def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, of_clas
 
 
 def test_two_processes_equal_one(workplace, arguments):
-    def record(name, num_prompts, num_processes):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}",
-            workplace / "recorded.py", workplace / name,
-            *arguments(f"out-{name}", num_prompts=num_prompts, max_train_steps=4, checkpointing_steps=100,
-                       learning_rate=1e-6),
-        ]  # fmt: skip
-        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        environment["PYTHONPATH"] += f":{workplace}"
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return torch.load(f"{workplace / name}-0", weights_only=True)
+    def run(name, num_prompts, num_processes):
+        options = {"num_prompts": num_prompts, "max_train_steps": 4, "checkpointing_steps": 100, "learning_rate": 1e-6}
+        return record(train_grpo, arguments(f"out-{name}", **options), num_processes, workplace / name)
 
-    (workplace / "recorded.py").write_text(recorded("train_grpo"), encoding="utf-8")
-    one, two = record("one", 4, 1), record("two", 2, 2)
+    one, two = run("one", 4, 1), run("two", 2, 2)
     assert any(gradient.abs().max() > 0 for gradient in one["gradients"])
     for a, b in zip(one["gradients"], two["gradients"], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
@@ -174,10 +156,10 @@ def test_a_reward_is_climbed(train, of_classes):
 
 
 def test_lora_layers_are_saved_alone(train, t2i_pipeline, t2i_pipeline_path):
-    folder = train("out", lora_rank=2, max_train_steps=2)
+    folder = train("out", rank=2, max_train_steps=2)
     assert not (folder / "model_index.json").exists()
     with pytest.raises(ValueError, match="holds another run"):
-        train("out", lora_rank=2)
+        train("out", rank=2)
     prompt = {"prompt": "a fox", "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
     pipeline = t2i_pipeline()
     before = pipeline.transformer.layers[0].attn.to_q.weight.clone()
@@ -212,7 +194,7 @@ def test_the_icon_world_and_the_prompts_of_a_file(t2i_pipeline, arguments):
         ({"icons": True}, "--prompts and --icons are both given"),
         ({"icon_weights": ["counting=2"]}, "--icon_weights weighs the prompts of --icons"),
         ({"score_arguments": ["a=b"]}, "--score_arguments are of a --score"),
-        ({"lora_rank": 4, "use_ema": True}, "--lora_rank does not go with --use_ema"),
+        ({"rank": 0}, "--rank has to be at least 1"),
         ({"num_images_per_prompt": 1}, "--num_images_per_prompt has to be at least 2"),
         ({"clip_range": 0}, "--clip_range has to be between 0 and 1"),
         ({"kl_weight": -1}, "--kl_weight has to be at least 0"),

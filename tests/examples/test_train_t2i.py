@@ -1,7 +1,4 @@
 import json
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,28 +12,19 @@ from bitdance_diffusers.prompt import picture_start_ids
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws, text_to_image_loss
 from tests.examples.training_runs import (
-    ENVIRONMENT,
     assert_equal_checkpoints,
     assert_equal_states,
-    command_line,
-    killed_in_a_checkpoint,
-    recorded,
+    kill_in_a_checkpoint,
+    record,
     reset_accelerator,
-    transformer_weights,
+    to_flags,
+    write_pictures,
 )
 
 
 @pytest.fixture
 def workplace(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(10):
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-        coarse.resize((20, 16), Image.Resampling.BICUBIC).save(pictures / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a red fox number {i}"}))
-    (pictures / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_pictures(tmp_path / "pictures")
     return tmp_path
 
 
@@ -55,7 +43,7 @@ def arguments(workplace, t2i_pipeline_path):
             "lr_scheduler": "constant",
             "report_to": "none",
         }
-        return command_line({**defaults, **more})
+        return to_flags({**defaults, **more})
 
     return arguments
 
@@ -85,6 +73,11 @@ def scratch(workplace, t2i_pipeline_path):
     }
 
 
+def weights(folder):
+    files = (folder / "transformer").glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -95,17 +88,14 @@ def scratch(workplace, t2i_pipeline_path):
 )
 def test_killed_and_resumed_equals_unbroken(workplace, arguments, train, options):
     unbroken = train("unbroken", **options)
-    command = [sys.executable, "-c", killed_in_a_checkpoint("train_t2i"), *arguments("killed", **options)]
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_in_a_checkpoint(train_t2i, arguments("killed", **options))
     folder = workplace / "killed"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")}
     resumed = train("killed", resume_from_checkpoint="latest", **options)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")} == before
 
-    assert_equal_states(transformer_weights(unbroken), transformer_weights(resumed))
+    assert_equal_states(weights(unbroken), weights(resumed))
     assert_equal_checkpoints(unbroken / "checkpoint-6", resumed / "checkpoint-6")
     assert [p.name for p in sorted(resumed.glob(".*"))] == []
 
@@ -116,7 +106,7 @@ def test_fine_tuning_leaves_a_pipeline(train, t2i_pipeline_path):
         validation_steps=4, num_validation_images=3, num_inference_steps=2, guidance_scale=2.5,
         report_to="tensorboard", save_dtype="bfloat16",
     )  # fmt: skip
-    before, after = transformer_weights(t2i_pipeline_path), transformer_weights(folder)
+    before, after = weights(t2i_pipeline_path), weights(folder)
     assert before.keys() == after.keys()
     assert all(value.dtype == torch.bfloat16 for value in after.values())
     assert not torch.equal(before["head.proj_out.weight"].bfloat16(), after["head.proj_out.weight"])
@@ -138,7 +128,7 @@ def test_fine_tuning_leaves_a_pipeline(train, t2i_pipeline_path):
 def test_what_is_saved_is_what_was_trained(train):
     """Without an average, in float32: the last checkpoint's weights."""
     folder = train("out")
-    assert_equal_states(transformer_weights(folder), load_file(folder / "checkpoint-6" / "model.safetensors"))
+    assert_equal_states(weights(folder), load_file(folder / "checkpoint-6" / "model.safetensors"))
 
 
 def test_from_scratch_on_cached_codes(train, scratch, workplace):
@@ -151,7 +141,7 @@ def test_from_scratch_on_cached_codes(train, scratch, workplace):
     assert codes.shape == (10, 4, 4, 1) and codes.dtype == np.uint8
 
     encoded = train("encoded", **{**options, "cache_codes": None})
-    assert_equal_states(transformer_weights(cached), transformer_weights(encoded))
+    assert_equal_states(weights(cached), weights(encoded))
 
     Image.new("RGB", (20, 16)).save(workplace / "pictures" / "3.png")
     with pytest.raises(ValueError, match="made with other pictures"):
@@ -172,20 +162,17 @@ def test_icons_are_drawn_by_weight(train, scratch, workplace):
 
 
 def test_two_processes_equal_one(workplace, arguments):
-    def record(name, batch_size, num_processes):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}",
-            workplace / "recorded.py", workplace / name,
-            *arguments(f"out-{name}", train_batch_size=batch_size, max_train_steps=20, diff_batch_mul=2,
-                       checkpointing_steps=100, lr_scheduler="constant", learning_rate=1e-4),
-        ]  # fmt: skip
-        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return torch.load(f"{workplace / name}-0", weights_only=True)
-
-    (workplace / "recorded.py").write_text(recorded("train_t2i"), encoding="utf-8")
-    one, two = record("one", 8, 1), record("two", 4, 2)
+    options = {
+        "max_train_steps": 20,
+        "checkpointing_steps": 100,
+        "diff_batch_mul": 2,
+        "lr_scheduler": "constant",
+        "learning_rate": 1e-4,
+    }
+    one, two = (
+        record(train_t2i, arguments(f"out-{n}", train_batch_size=8 // n, **options), n, workplace / f"recorded-{n}")
+        for n in (1, 2)
+    )
     for a, b in zip(one["gradients"], two["gradients"], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
     assert len(one["losses"]) == 20
@@ -193,45 +180,64 @@ def test_two_processes_equal_one(workplace, arguments):
 
 
 def test_bf16_mixed_precision(train):
-    exact, mixed = transformer_weights(train("exact")), transformer_weights(train("mixed", mixed_precision="bf16"))
+    exact, mixed = weights(train("exact")), weights(train("mixed", mixed_precision="bf16"))
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in mixed.values())
     assert not torch.equal(mixed["norm_out.weight"], exact["norm_out.weight"])
     torch.testing.assert_close(mixed["norm_out.weight"], exact["norm_out.weight"], atol=2e-2, rtol=0)
 
 
+def test_compiled_blocks_train_and_save_the_same(train, monkeypatch):
+    graphs = []
+    compile_blocks = BitDanceTransformer.compile_repeated_blocks
+
+    def compile_and_count(self, **options):
+        compile_blocks(self, **options, backend=lambda graph, inputs: graphs.append(graph) or graph)
+
+    monkeypatch.setattr(BitDanceTransformer, "compile_repeated_blocks", compile_and_count)
+    plain = weights(train("plain", use_ema=True))
+    assert not graphs
+    compiled = weights(train("compiled", use_ema=True, compile=True))
+    assert graphs
+    assert_equal_states(plain, compiled)
+
+
 def test_text_loss_trains_the_output_layer(train, scratch):
     config = json.loads(scratch["transformer_config"].read_text(encoding="utf-8")) | {"use_lm_head": True}
     scratch["transformer_config"].write_text(json.dumps(config), encoding="utf-8")
-    first = transformer_weights(train("first", **scratch, max_train_steps=1))
-    second = transformer_weights(train("second", **scratch, max_train_steps=2))
+    first = weights(train("first", **scratch, max_train_steps=1))
+    second = weights(train("second", **scratch, max_train_steps=2))
     assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
-    first = transformer_weights(train("third", **scratch, max_train_steps=1, text_loss_weight=0))
-    second = transformer_weights(train("fourth", **scratch, max_train_steps=2, text_loss_weight=0))
+    first = weights(train("third", **scratch, max_train_steps=1, text_loss_weight=0))
+    second = weights(train("fourth", **scratch, max_train_steps=2, text_loss_weight=0))
     assert torch.equal(first["lm_head.weight"], second["lm_head.weight"])
 
 
 def test_gradient_checkpointing_changes_nothing(train):
-    plain, checkpointed = (transformer_weights(train(str(flag), gradient_checkpointing=flag)) for flag in (None, True))
+    plain, checkpointed = (weights(train(str(flag), gradient_checkpointing=flag)) for flag in (None, True))
     for name, value in plain.items():
         torch.testing.assert_close(checkpointed[name], value, msg=name)
 
 
 def test_a_loss_that_is_not_finite_reaches_no_checkpoint(train, workplace):
     with pytest.raises(FloatingPointError):
-        train("out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20)
+        train("out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20, max_skipped_steps=5)
     assert not (workplace / "out" / "model_index.json").exists()
+    assert list((workplace / "out").glob("checkpoint-*"))
     for file in (workplace / "out").glob("checkpoint-*/model.safetensors"):
         assert all(value.isfinite().all() for value in load_file(file).values())
 
 
-def test_dropped_prompts_take_the_unconditional_frame(t2i_pipeline):
-    tokenizer = t2i_pipeline().tokenizer
-    frames = train_t2i.PromptFrames(tokenizer, [5, 6])
-    input_ids, mask = frames(["a red fox", "two"], [False, True])
+def test_prompts_stand_in_their_frames(t2i_pipeline):
+    frames = train_t2i.PromptFrames(t2i_pipeline().tokenizer, [5, 6])
+    batch = frames(
+        [{"text": "a red fox", "packed_code": torch.tensor(1)}, {"text": "", "packed_code": torch.tensor(2)}]
+    )
+    assert batch["packed_code"].tolist() == [1, 2] and "text" not in batch
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     assert mask[0].all() and not mask[1, 0]
-    assert input_ids[1][mask[1]].tolist() == frames.unconditional
-    assert input_ids[0].tolist() == train_t2i.PromptFrames(tokenizer, [5, 6]).framed("a red fox")
-    assert input_ids[:, -2:].tolist() == [[5, 6]] * 2
+    assert ids[0].tolist() == frames.framed("a red fox") and ids[1][mask[1]].tolist() == frames.framed("")
+    assert batch["unconditional_ids"][batch["unconditional_mask"]].tolist() == frames.unconditional
+    assert ids[:, -2:].tolist() == [[5, 6]] * 2
 
 
 def overfit(pipeline, num_steps):
@@ -241,7 +247,8 @@ def overfit(pipeline, num_steps):
     texts = ["a red fox", "a blue umbrella", "two", "sleeping under it"]
     patch_size = transformer.config.patch_size
     frames = train_t2i.PromptFrames(pipeline.tokenizer, picture_start_ids(pipeline.tokenizer, 8, 8, patch_size))
-    input_ids, mask = frames(texts, [False] * 4)
+    prompts = frames([{"text": text} for text in texts])
+    input_ids, mask = prompts["input_ids"], prompts["attention_mask"]
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=2e-3, betas=(0.9, 0.95))
     losses = []
     for step in range(num_steps):
@@ -320,10 +327,11 @@ def test_bad_arguments(arguments, capsys, options, message):
     ("options", "message"),
     [
         ({"resolution": 20}, "--resolution 20 has to be a multiple of 8: 4 pixels a token, 2 tokens"),
+        ({"max_sequence_length": 5}, "caption of .*0.png.* --max_sequence_length allows 5"),
         ({"text_loss_weight": 0.1}, "--text_loss_weight 0.1 needs a transformer with an `lm_head`"),
         ({"caption_column": "caption"}, "has no column 'caption'"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3 is not a checkpoint"),
     ],
 )
 def test_bad_arguments_that_only_the_files_show(train, workplace, options, message):
@@ -345,6 +353,10 @@ def test_a_text_tokenizer_larger_than_the_vocabulary(train, scratch):
         ('{"file_name": "3.png", "text": 3}', "'text' has to be text but is 3"),
         ('{"file_name": "absent.png", "text": "a"}', "absent.png cannot be read"),
         ('{"file_name": "broken.png", "text": "a"}', "broken.png cannot be read"),
+        (
+            json.dumps({"file_name": "3.png", "text": "a " * 1025}),
+            "3.png, 'a a .*: it is .* tokens .*_length allows 1024",
+        ),
     ],
 )
 def test_bad_captions_and_pictures(train, workplace, line, message):
@@ -361,3 +373,27 @@ def test_another_run_in_the_output_folder(train):
         train("out", max_train_steps=2)
     with pytest.raises(ValueError, match="another configuration .*learning_rate"):
         train("out", max_train_steps=4, learning_rate=2e-3, resume_from_checkpoint="latest")
+
+
+def test_going_on_from_an_earlier_checkpoint_loses_nothing(train):
+    folder = train("out", max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest")  # a new run
+    train("out", max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1,
+          resume_from_checkpoint="checkpoint-1")  # fmt: skip
+    names = sorted(path.name for path in folder.glob("*checkpoint*"))
+    assert names == ["checkpoint-2", "checkpoint-2.set-aside", "checkpoint-3.set-aside"]
+    assert_equal_states(weights(folder), load_file(folder / "checkpoint-2" / "model.safetensors"))
+    assert_equal_checkpoints(folder / "checkpoint-2.set-aside", folder / "checkpoint-2")
+
+
+def test_the_repository_is_there_before_the_training_and_a_failed_upload_loses_nothing(train, workplace, hub):
+    _, answers = hub
+    options = {"push_to_hub": True, "hub_model_id": "foxes", "hub_token": "secret", "max_train_steps": 1}
+    with pytest.raises(ValueError, match="--push_to_hub: the repository foxes cannot be written to: .*403"):
+        train("out", **options)
+    assert not (workplace / "out").exists()
+
+    answers |= {"/api/repos/create": (200, {}), "/api/models/owner/foxes/auth-check/write": (200, {})}
+    with pytest.raises(RuntimeError, match="the upload to owner/foxes failed: .*403(.|\n)*hf upload owner/foxes"):
+        train("out", report_to="tensorboard", **options)
+    BitDancePipeline.from_pretrained(workplace / "out")
+    assert not [path for path in (workplace / "out").rglob("*") if path.is_file() and b"secret" in path.read_bytes()]

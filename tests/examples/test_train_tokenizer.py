@@ -1,7 +1,4 @@
 import json
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,10 +10,9 @@ import train_tokenizer
 from bitdance_diffusers import BitDanceTokenizer
 from data.crops import to_pixel_values
 from tests.examples.training_runs import (
-    ENVIRONMENT,
     assert_equal_checkpoints,
     assert_equal_states,
-    killed_in_a_checkpoint,
+    kill_in_a_checkpoint,
     reset_accelerator,
 )
 
@@ -85,15 +81,7 @@ def train(workplace, output, **more):
 )
 def test_killed_and_resumed_equals_unbroken(workplace, options):
     unbroken = train(workplace, "unbroken", **options)
-    command = [
-        sys.executable,
-        "-c",
-        killed_in_a_checkpoint("train_tokenizer"),
-        *arguments(workplace, "killed", **options),
-    ]
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_in_a_checkpoint(train_tokenizer, arguments(workplace, "killed", **options))
     folder = workplace / "killed"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-2/*")}
@@ -136,7 +124,7 @@ def test_trains_and_leaves_a_tokenizer(workplace):
 
 def test_a_loss_that_is_not_finite_reaches_no_checkpoint(workplace):
     with pytest.raises(FloatingPointError):
-        train(workplace, "out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20)
+        train(workplace, "out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20, max_skipped_steps=5)
     folder = workplace / "out"
     assert not (folder / "config.json").exists()
     for file in folder.glob("checkpoint-*/model.safetensors"):
@@ -185,7 +173,7 @@ def test_bad_arguments(workplace, capsys, options, message):
         ({"resolution": 26}, "--resolution 26 has to be a multiple of .* 4 pixels"),
         ({"num_codebooks": 3}, "--num_codebooks 3"),
         ({"num_validation_images": 10}, "leaves none of 10 pictures"),
-        ({"resume_from_checkpoint": "latest"}, "no checkpoint"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3 is not a checkpoint"),
         ({"train_data_dir": "absent"}, "absent does not exist"),
     ],
 )
@@ -201,3 +189,16 @@ def test_another_run_in_the_output_folder(workplace):
         train(workplace, "out", max_train_steps=2)
     with pytest.raises(ValueError, match="another configuration .*learning_rate"):
         train(workplace, "out", max_train_steps=4, learning_rate=2e-3, resume_from_checkpoint="latest")
+
+
+def test_the_repository_is_there_before_the_training_and_a_failed_upload_loses_nothing(workplace, hub):
+    _, answers = hub
+    options = {"push_to_hub": True, "hub_model_id": "codes", "hub_token": "secret", "max_train_steps": 1}
+    with pytest.raises(ValueError, match="--push_to_hub: the repository codes cannot be written to: .*403"):
+        train(workplace, "out", **options)
+    assert not (workplace / "out").exists()
+
+    answers |= {"/api/repos/create": (200, {}), "/api/models/owner/codes/auth-check/write": (200, {})}
+    with pytest.raises(RuntimeError, match="the upload to owner/codes failed: .*403"):
+        train(workplace, "out", **options)
+    BitDanceTokenizer.from_pretrained(workplace / "out")

@@ -1,69 +1,107 @@
 """What the tests of the training scripts share: runs that are killed, recorded or fresh, and the states they leave."""
 
+import json
+import multiprocessing
 import os
-from pathlib import Path
+import signal
+import socket
 
+import numpy as np
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
-
-
-def killed_in_a_checkpoint(script):
-    """A program that runs a training script and ends without notice while checkpoint-4 is on its way to the disk."""
-    return f"""
-import os, signal, sys
-import {script}
 from training import checkpoints
-flush = checkpoints.flush
-def killed(path):
-    if ".checkpoint-4.partial" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    flush(path)
-checkpoints.flush = killed
-{script}.main({script}.parse_args(sys.argv[1:]))
-"""
+from training.optimization import Steps
 
 
-def recorded(script):
-    """A program that writes the first step's gradients and the losses of all to a file of its own process."""
-    return f"""
-import sys, torch
-import {script}
-from accelerate import PartialState
-from training import transformer_run
-record = {{"losses": []}}
-check_finite = transformer_run.check_finite
-def recorded(accelerator, name, value, step):
-    mean = check_finite(accelerator, name, value, step)
-    if name == "loss":
-        record["losses"].append(mean)
-    return mean
-def clip(accelerator, parameters, max_norm, step):
-    parameters = list(parameters)
-    record.setdefault("gradients", [p.grad.clone() for p in parameters])
-    accelerator.clip_grad_norm_(parameters, max_norm)
-transformer_run.check_finite, transformer_run.clip_gradients = recorded, clip
-{script}.main({script}.parse_args(sys.argv[2:]))
-torch.save(record, f"{{sys.argv[1]}}-{{PartialState().process_index}}")
-"""
+def write_pictures(folder):
+    """Ten pictures with captions, as an image folder."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(10):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        coarse.resize((20, 16), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a red fox number {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def command_line(arguments):
-    """A script's arguments by name, as it is given them: True is a flag alone, and None is left out."""
+def to_flags(options):
+    """A command line of arguments: those that are None are left out, True is a flag without a value."""
     flags = []
-    for name, value in arguments.items():
+    for name, value in options.items():
         values = value if isinstance(value, list) else [value]
         flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
     return flags
 
 
-def transformer_weights(folder):
-    """The tensors of a saved pipeline's transformer."""
-    files = (folder / "transformer").glob("*.safetensors")
-    return {name: value for file in files for name, value in load_file(file).items()}
+def run_in_forks(work, num_processes=1):
+    """The exit codes of forks of this process, which has imported everything, that do `work` together on the CPU."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+
+    def work_as(rank):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        if num_processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        work()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work_as, args=(rank,)) for rank in range(num_processes)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def kill_in_a_checkpoint(script, arguments):
+    """Run a training script that ends without notice while checkpoint-4 is on its way to the disk."""
+
+    def work():
+        flush = checkpoints.flush
+
+        def killed(path):
+            if ".checkpoint-4.partial" in str(path):
+                os.kill(os.getpid(), signal.SIGKILL)
+            flush(path)
+
+        checkpoints.flush = killed
+        script.main(script.parse_args(arguments))
+
+    assert run_in_forks(work) == [-signal.SIGKILL]
+
+
+def record(script, arguments, num_processes, file):
+    """Run a training script in so many processes: the first step's gradients and the losses of all, of the first."""
+
+    def work():
+        recorded = {"losses": []}
+        read, clip = Steps.read, Accelerator.clip_grad_norm_
+
+        def recorded_read(self, step, norms):
+            values, finite = read(self, step, norms)
+            recorded["losses"].append(values["loss"])
+            return values, finite
+
+        def recorded_clip(self, parameters, max_norm):
+            parameters = list(parameters)
+            gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+            recorded.setdefault("gradients", gradients)
+            return clip(self, parameters, max_norm)
+
+        Steps.read, Accelerator.clip_grad_norm_ = recorded_read, recorded_clip
+        script.main(script.parse_args(arguments))
+        if PartialState().process_index == 0:
+            torch.save(recorded, file)
+
+    assert run_in_forks(work, num_processes) == [0] * num_processes
+    return torch.load(file, weights_only=True)
 
 
 def reset_accelerator():

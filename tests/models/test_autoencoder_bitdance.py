@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from bitdance_diffusers.models.autoencoder_bitdance import BitDanceTokenizer
-from conversion.weights import (
+from bitdance_diffusers.loaders.original_names import (
     autoencoder_config_from_original,
     autoencoder_config_to_original,
     autoencoder_key_from_original,
     autoencoder_key_to_original,
 )
+from bitdance_diffusers.models.autoencoder_bitdance import BitDanceTokenizer
 
 CASE = Path(__file__).parents[1] / "cases" / "t2i_p4"
 TINY = {"latent_channels": 6, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}

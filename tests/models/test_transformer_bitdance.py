@@ -8,6 +8,7 @@ from diffusers import AutoModel
 from safetensors.torch import load_file, save_file
 
 from bitdance_diffusers import BitDanceTransformer
+from bitdance_diffusers.models import block_causal_decoder
 from bitdance_diffusers.models.binary_diffusion_head import timestep_features
 from bitdance_diffusers.patch_order import grid_to_patches, patch_positions
 
@@ -107,6 +108,44 @@ def test_teacher_forcing_equals_cached_decoding(patch_size, padded, checkpointin
     conditions, samples = decoded(model, inputs)
     torch.testing.assert_close(whole.condition.detach(), conditions, atol=1e-5, rtol=0)
     torch.testing.assert_close(whole.sample.detach(), samples, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 9, 16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_queries_attend_in_chunks(monkeypatch, chunk_tokens, padded):
+    """Each against what it can see, so that no mask of all tokens is formed: predictions and gradients are equal."""
+    model = tiny_transformer()
+    inputs = tiny_inputs(model, padded)
+    whole = teacher_forced(model, inputs).sample
+    weights = list(model.layers.parameters())
+    expected = torch.autograd.grad(whole.square().sum(), weights)
+    monkeypatch.setattr(block_causal_decoder, "CHUNK_TOKENS", chunk_tokens)
+    masks = []
+    of_chunk = block_causal_decoder.BlockCausalMask.of_chunk
+    monkeypatch.setattr(
+        block_causal_decoder.BlockCausalMask,
+        "of_chunk",
+        lambda self, start, end: masks.append(of_chunk(self, start, end)) or masks[-1],
+    )
+    chunked = teacher_forced(model, inputs).sample
+    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=0)
+    for gradient, other in zip(torch.autograd.grad(chunked.square().sum(), weights), expected, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-4, rtol=1e-4)
+    block = model.config.patch_size**2
+    assert max(mask.shape[2] for mask in masks) < chunk_tokens + block  # a chunk ends with a block
+    assert {mask.shape[3] for mask in masks if mask.shape[2] > 1} <= set(range(31 + block))
+    assert len(masks) > model.config.num_layers
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_flex_attention(padded):
+    """Its blocks in place of a mask. Compiled on CUDA; here plain, and without gradients, which the CPU lacks."""
+    model = tiny_transformer()
+    inputs = tiny_inputs(model, padded)
+    with torch.no_grad():
+        expected = teacher_forced(model, inputs).sample
+        model.set_attention_backend("flex")
+        torch.testing.assert_close(teacher_forced(model, inputs).sample, expected, atol=1e-5, rtol=0)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -294,7 +333,7 @@ class TestDamagedCheckpoints:
             BitDanceTransformer.from_pretrained(folder)
 
     def test_pickle(self, folder):
-        tiny_transformer().save_pretrained(folder, safe_serialization=False)
+        torch.save(tiny_transformer().state_dict(), folder / "diffusion_pytorch_model.bin")
         (folder / self.FILE).unlink(missing_ok=True)
         with pytest.raises(ValueError, match="diffusion_pytorch_model.bin' is a pickle"):
             BitDanceTransformer.from_pretrained(folder)

@@ -53,7 +53,8 @@ def test_teacher_forcing_equals_cached_decoding(patch_size, checkpointing):
     whole = model(**inputs)  # with gradients: checkpointing is active
     indices, positions = inputs["condition_indices"], inputs["code_positions"]
     with torch.no_grad():
-        cache = model.allocate_kv_cache(3, len(indices) - 1, torch.float32, torch.device("cpu"))
+        row_lengths = [6 + patch_size**2 - 1] * 3
+        cache = model.allocate_kv_cache(row_lengths, len(indices) - 1, torch.float32, torch.device("cpu"))
         for i in range(len(indices)):
             if i == 0:
                 call = {"class_labels": inputs["class_labels"]}

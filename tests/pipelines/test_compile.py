@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bitdance_diffusers.pipelines import patchwise
+from bitdance_diffusers import generation as generation_module
 
 SIZE = {"height": 16, "width": 16}  # 4 patches
 
@@ -23,7 +23,7 @@ class Graphs:
 @pytest.fixture(autouse=True)
 def several_chunks_of_modulations(monkeypatch):
     """Of the 5 evaluations of a patch 3, then 2."""
-    monkeypatch.setattr(patchwise, "MODULATED_TOKENS", 16)
+    monkeypatch.setattr(generation_module, "MODULATED_TOKENS", 16)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_class_pipeline_compiled_once(class_pipeline, graphs):
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
 def test_outputs_may_be_overwritten_by_the_next_call(t2i_pipeline, class_pipeline, guidance_scale, monkeypatch):
     """As those of a CUDA graph are: `mode="reduce-overhead"`."""
-    monkeypatch.setattr(patchwise, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(generation_module, "GRAPH_DEVICES", ("cpu",))
     for pipeline, call in (
         (t2i_pipeline(), {**SIZE, "prompt": "a fox"}),
         (class_pipeline("class_p4"), {"class_labels": 1}),

@@ -11,7 +11,7 @@ from accelerate.hooks import CpuOffload
 from diffusers import PipelineQuantizationConfig, TorchAoConfig
 
 from bitdance_diffusers import BitDancePipeline
-from bitdance_diffusers.pipelines import patchwise
+from bitdance_diffusers import generation as generation_module
 
 CALL = {"prompt": "a fox", "height": 8, "width": 16, "num_inference_steps": 3, "output_type": "pt"}
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ def test_a_call_needs_its_cache_and_little_else(t2i_pipeline):
     """
     pipeline = t2i_pipeline()
     cache_bytes, peaks, codes = [], [], []
-    for height, width in ((32, 64), (64, 128)):
+    for height, width in ((16, 32), (32, 64)):
 
         def draw(height=height, width=width):
             pipeline("a fox", height=height, width=width, num_inference_steps=2, output_type="latent")
@@ -188,7 +188,7 @@ def test_a_call_needs_its_cache_and_little_else(t2i_pipeline):
 
 
 def test_modulations_are_let_go_before_the_next_are_formed(t2i_pipeline, draw, expected, monkeypatch):
-    monkeypatch.setattr(patchwise, "MODULATED_TOKENS", 1)  # a part is as small as it gets
+    monkeypatch.setattr(generation_module, "MODULATED_TOKENS", 1)  # a part is as small as it gets
     pipeline = t2i_pipeline()
     formed, alive = [], []
 

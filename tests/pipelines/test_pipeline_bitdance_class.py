@@ -7,8 +7,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDanceClassTransformer, BitDanceTokenizer
+from bitdance_diffusers import generation as generation_module
 from bitdance_diffusers.patch_order import grid_to_patches, patches_to_grid
-from bitdance_diffusers.pipelines import patchwise, pipeline_bitdance_class
 
 CASES = ["class_p1", "class_p4"]
 QUICK = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
@@ -44,9 +44,9 @@ class TestReferenceCase:
     def test_predictions(self, class_pipeline, case, name, monkeypatch):
         info, expected = case
         predictions = []
-        denoise = patchwise.denoise_patch
+        denoise = generation_module.denoise_patch
         monkeypatch.setattr(
-            patchwise,
+            generation_module,
             "denoise_patch",
             lambda *args: predictions.append(denoise(*args)) or predictions[-1],
         )
@@ -100,8 +100,8 @@ def test_linear_schedule_samples_the_first_patch_in_two_halves(class_pipeline, m
 
 def test_linear_schedule_grows_with_the_patch(class_pipeline, monkeypatch):
     scales = []
-    denoise = patchwise.denoise_patch
-    monkeypatch.setattr(patchwise, "denoise_patch", lambda *args: scales.append(args[4]) or denoise(*args))
+    denoise = generation_module.denoise_patch
+    monkeypatch.setattr(generation_module, "denoise_patch", lambda *args: scales.append(args[4]) or denoise(*args))
     pipeline = class_pipeline("class_p4")  # 16 patches
     pipeline(1, **QUICK)
     assert scales[0] is None and scales[1:] == pytest.approx([1 + 2 * i / 16 for i in range(1, 16)])
@@ -113,8 +113,8 @@ def test_linear_schedule_grows_with_the_patch(class_pipeline, monkeypatch):
 def test_a_callback_that_ends_guidance_draws_conditional_rows(class_pipeline, monkeypatch):
     """Guidance that is 1 by itself is no patch of a growing schedule: nothing is sampled in two halves."""
     shapes = []
-    draw = pipeline_bitdance_class.draw_halves_noise
-    monkeypatch.setattr(pipeline_bitdance_class, "draw_halves_noise", lambda *args: shapes.append(args) or draw(*args))
+    draw = generation_module.draw_halves_noise
+    monkeypatch.setattr(generation_module, "draw_halves_noise", lambda *args: shapes.append(args) or draw(*args))
 
     def end_guidance(pipe, index, step, kwargs):
         pipe._guidance_scale = 1.0

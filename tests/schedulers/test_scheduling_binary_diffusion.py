@@ -180,7 +180,7 @@ def test_twelve_second_order_evaluations_match_fifty_of_euler_maruyama(bits, see
 def test_twenty_second_order_evaluations_match_fifty_of_euler_maruyama_with_guidance():
     """Guidance has no law to compute, but a limit of many small steps."""
     laws = IsingLike(8, 1), IsingLike(8, 11)
-    limit = frequencies(sample(laws, "euler_maruyama", 200, 7.5, seed=2))
+    limit = frequencies(sample(laws, "euler_maruyama", 100, 7.5, seed=2))
 
     def distance(solver, evaluations):
         return total_variation(frequencies(sample(laws, solver, evaluations - 1, 7.5)), limit)

@@ -23,6 +23,7 @@ def test_recorded_steps_are_the_policys(kind, guidance_scale, t2i_pipeline, clas
         pipeline, asked = class_pipeline("class_p4"), [0, 1]
         prompts = ClassLabels(pipeline)
     pipeline.scheduler = RolloutScheduler(stochastic_steps=trained)
+    pipeline.scheduler.set_timesteps(num_steps)
     with TransitionRecorder(pipeline.transformer, 2, num_steps, trained) as recorder:
         code = pipeline(
             **prompts.call_arguments(asked),

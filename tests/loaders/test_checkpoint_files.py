@@ -3,7 +3,9 @@ import struct
 
 import pytest
 import torch
-from checkpoints import (
+from safetensors.torch import load_file, save_file
+
+from bitdance_diffusers.loaders.checkpoint_files import (
     Checkpoint,
     StoredTensor,
     match_tensors,
@@ -12,7 +14,6 @@ from checkpoints import (
     output_folder,
     write_tensors,
 )
-from safetensors.torch import load_file, save_file
 
 
 def stored(file, tensors):
@@ -70,7 +71,7 @@ def test_numbers_that_cannot_be_kept_are_refused(tmp_path, value, dtype):
 
 
 def test_every_piece_of_a_large_tensor_is_checked_and_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("checkpoints._PIECE", 10)
+    monkeypatch.setattr("bitdance_diffusers.loaders.checkpoint_files._PIECE", 10)
     tensor = torch.randn(7, 9)
     source = stored(tmp_path / "in.safetensors", {"a": tensor})
     write_tensors(tmp_path, "model", source, torch.bfloat16)

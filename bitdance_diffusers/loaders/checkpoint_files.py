@@ -1,28 +1,29 @@
 """Checkpoints of any size through little memory: headers first, then one tensor at a time.
 
-A conversion has two stages. From the headers alone every tensor that the model needs is matched with a
-[`StoredTensor`], or the conversion fails; only then the tensors are read, checked and written, a piece at a time. Its
-output appears at once and whole, or not at all.
+Reading an original checkpoint has two stages. From the headers alone every tensor that the model needs is matched with
+a [`StoredTensor`], or it fails; only then the tensors are read and checked, and put into the model or written, a piece
+at a time. What a conversion writes appears at once and whole, or not at all.
 """
 
-import argparse
 import json
 import math
 import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from weights import count_entries
+
+from .original_names import count_entries
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -78,10 +79,6 @@ class Checkpoint:
 
     file: Path
     tensors: dict[str, StoredTensor]
-
-    def largest_file(self) -> int:
-        """Size of the largest file that holds some of the tensors, in bytes."""
-        return max(file.stat().st_size for file in {tensor.file for tensor in self.tensors.values()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,6 +218,11 @@ def checkpoint_from_state_dict(file: Path, state_dict: Any) -> Checkpoint:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def largest_file(tensors: Iterable[StoredTensor]) -> int:
+    """Size of the largest file that holds some of the tensors, in bytes."""
+    return max(file.stat().st_size for file in {tensor.file for tensor in tensors})
+
+
 def state_dict_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
@@ -284,6 +286,72 @@ def naming(file: Path) -> Iterator[None]:
         yield
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors, checked and cast
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_finite(source: StoredTensor, piece: torch.Tensor, cast_to: torch.dtype | None = None) -> None:
+    """By its bounds, which a NaN would be: masks of all elements leave holes in memory that add up over a file."""
+    if piece.numel() and not all(bound.isfinite() for bound in piece.aminmax()):
+        what = "a NaN or an infinity" if cast_to is None else f"a number that does not fit into {cast_to}"
+        raise ValueError(f"{source.file}: `{source.key}` holds {what}.")
+
+
+def _checked_pieces(source: StoredTensor, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
+    """A tensor, flat and in pieces, cast to `dtype`."""
+    for piece in source.read().reshape(-1).split(_PIECE):
+        _check_finite(source, piece)
+        if dtype is not None and piece.dtype != dtype:
+            piece = piece.to(dtype)
+            _check_finite(source, piece, dtype)
+        yield piece
+
+
+def read_tensor(source: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """
+    Read a whole tensor into memory of its own.
+
+    Raises:
+        ValueError: it holds a NaN or an infinity, or does in `dtype`; the message names file and tensor.
+    """
+    tensor = source.read().reshape(-1)
+    whole = torch.empty(source.shape, dtype=dtype or source.dtype)
+    _check_finite(source, tensor)
+    whole.view(-1).copy_(tensor)
+    if whole.dtype != tensor.dtype:
+        _check_finite(source, whole, dtype)
+    return whole
+
+
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    """Raises a `TypeError` that names the argument."""
+    if dtype is not None and dtype not in _SAFETENSORS_NAMES:
+        raise TypeError(f"`{name}` is {dtype!r}; allowed are {', '.join(f'torch.{one}' for one in DTYPES)}.")
+
+
+def load_tensors(model: torch.nn.Module, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
+    """
+    Give a model on the meta device its weights, and put it into evaluation mode.
+
+    A tensor that has `dtype` already stays in its mapped file, which takes no memory that the system cannot have back;
+    any other, and a part of a fused one, gets memory of its own. So the model is never in memory twice.
+
+    Raises:
+        ValueError: as [`read_tensor`].
+    """
+    state_dict = {}
+    for key, source in logging.tqdm(tensors.items(), desc=f"Loading {type(model).__name__}", unit="tensor"):
+        tensor = source.read()
+        if tensor.dtype == dtype and tensor.untyped_storage().nbytes() == tensor.nbytes:
+            _check_finite(source, tensor)
+        else:
+            tensor = read_tensor(source, dtype)
+        state_dict[key] = tensor
+    model.load_state_dict(state_dict, assign=True)
+    model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,26 +462,8 @@ def _write_safetensors(file: Path, tensors: Mapping[str, StoredTensor], dtype: t
     with open(file, "xb") as stream:
         stream.write(_safetensors_header(tensors, dtype))
         for tensor in tqdm(tensors.values(), desc=file.name, unit="tensor", disable=None):  # None: only in a terminal
-            for piece in _read_pieces(tensor, dtype):
+            for piece in _checked_pieces(tensor, dtype):
                 stream.write(piece.contiguous().view(torch.uint8).numpy())
-
-
-def _read_pieces(tensor: StoredTensor, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
-    for piece in tensor.read().reshape(-1).split(_PIECE):
-        if not piece.isfinite().all():
-            raise ValueError(f"{tensor.file}: `{tensor.key}` holds a NaN or an infinity.")
-        cast = piece if dtype is None else piece.to(dtype)
-        if cast is not piece and not cast.isfinite().all():
-            raise ValueError(f"{tensor.file}: `{tensor.key}` holds a number that does not fit into {dtype}.")
-        yield cast
-
-
-def read_tensor(tensor: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """
-    Read a whole tensor into memory of its own, checked and cast as by [`write_tensors`]. A pickle cannot be written a
-    piece at a time.
-    """
-    return torch.cat(list(_read_pieces(tensor, dtype))).view(tensor.shape)
 
 
 def copy_tokenizer(source: Path, destination: Path) -> PreTrainedTokenizerBase:
@@ -427,28 +477,13 @@ def copy_tokenizer(source: Path, destination: Path) -> PreTrainedTokenizerBase:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
+    with naming(source):
+        return load_tokenizer(destination)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The text tokenizer in a folder; `ValueError` where there is none that can be loaded."""
     try:
-        return AutoTokenizer.from_pretrained(destination, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries that read these files have no error in common
-        raise ValueError(f"{source}: the text tokenizer cannot be loaded: {error}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="Cast every tensor; by default each keeps the dtype that it is stored in, and no bit changes.",
-    )
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Run a command; what is wrong with its input ends the program with the message alone."""
-    try:
-        command()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ValueError(f"the text tokenizer cannot be loaded: {error}") from error
