@@ -16,6 +16,7 @@ from training_utils import ClassFolder, CroppedPictures, HubDataset, ImageFolder
 from bitdance_diffusers import BitDanceTokenizer
 
 ENCODE_BATCH_SIZE = 64
+NUM_DESCRIBED_ICONS = 1000
 TARGET_FILES = {"text": "captions.json", "label": "labels.json"}
 
 
@@ -62,7 +63,11 @@ def describe_pictures(dataset: Dataset) -> Any:
     if isinstance(dataset, HubDataset):
         return [dataset.rows._fingerprint, dataset.image_column, dataset.target_column]
     if isinstance(dataset, IconDataset):
-        return [dataset.num_pictures, dataset.seed, dict(dataset.category_weights or {}), dataset.smaller_share]
+        # Which prompts are trained on is code, not an argument: the first pictures stand for it
+        first = [dataset[index] for index in range(min(len(dataset), NUM_DESCRIBED_ICONS))]
+        digest = hashlib.sha256(b"".join(item["text"].encode() + item["image"].tobytes() for item in first))
+        weights = dict(dataset.category_weights or {})
+        return [dataset.num_pictures, dataset.seed, weights, dataset.smaller_share, digest.hexdigest()]
     raise TypeError(f"`dataset` is {type(dataset).__name__}; codes cannot be kept for it.")
 
 

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from generate import (
     make_grid,
     save_image,
 )
-from icons import CATEGORIES, IconWorld
+from icons import CATEGORIES, IconPrompt, IconWorld
 from image_sets import find_feature_weights, open_pictures, score_pictures
 from PIL import Image
 from tqdm import tqdm
@@ -81,9 +81,14 @@ def mean_score(scores: list[Score]) -> Score:
     return Score(value, value - below, value + above, sum(score.num_pictures for score in scores))
 
 
-def sample_held_out(world: IconWorld, pictures_per_category: int, seed: int) -> list[str]:
-    """The prompts to score: so many held-out ones of each category, or where there are fewer all of them, each so
-    often as it takes to get there.
+def sample_prompts(prompts: Mapping[str, list[IconPrompt]], pictures_per_category: int, seed: int) -> list[str]:
+    """The prompts to score: so many of each category, or where there are fewer all of them, each so often as it takes
+    to get there.
+
+    Args:
+        prompts: by category, such as `IconWorld.held_out_prompts`.
+        pictures_per_category: at least so many are drawn of each.
+        seed: of the choice.
 
     Raises:
         ValueError: if `pictures_per_category` is under 1.
@@ -93,7 +98,7 @@ def sample_held_out(world: IconWorld, pictures_per_category: int, seed: int) -> 
     rng = np.random.default_rng(seed)
     sampled = []
     for category in CATEGORIES:
-        texts = [prompt.text for prompt in world.held_out_prompts[category]]
+        texts = [prompt.text for prompt in prompts[category]]
         if pictures_per_category <= len(texts):
             sampled += [texts[index] for index in rng.choice(len(texts), pictures_per_category, replace=False)]
         else:
@@ -160,18 +165,20 @@ def report(rated: list[Rated], settings: dict, args: argparse.Namespace) -> None
 
 
 def evaluate_icons(args: argparse.Namespace) -> None:
-    """Score a text-to-image pipeline on held-out prompts.
+    """Score a text-to-image pipeline on held-out prompts, or on those that its settings are chosen on.
 
     Raises:
         ValueError: for a model that does not load, or settings that it refuses.
     """
     world = IconWorld()
-    prompts = sample_held_out(world, args.pictures_per_category, args.seed)
+    split = world.validation_prompts if args.split == "validation" else world.held_out_prompts
+    prompts = sample_prompts(split, args.pictures_per_category, args.seed)
     pipe = load_pipeline(args.model, args.dtype, args.device)
     pipe.set_progress_bar_config(disable=True)
     steps, guidance = args.num_inference_steps, args.guidance_scale
     settings = {
         "model": args.model,
+        "split": args.split,
         "num_inference_steps": pipe.config.default_num_inference_steps if steps is None else steps,
         "guidance_scale": pipe.config.default_guidance_scale if guidance is None else guidance,
         "dtype": str(pipe.dtype),
@@ -200,7 +207,7 @@ def evaluate_icons_tokenizer(args: argparse.Namespace) -> None:
         ValueError: for a tokenizer that does not load, or a stride that does not divide the pictures.
     """
     world = IconWorld()
-    prompts = sample_held_out(world, args.pictures_per_category, args.seed)
+    prompts = sample_prompts(world.held_out_prompts, args.pictures_per_category, args.seed)
     device = find_device(args.device)
     folder = args.vae / "vae" if (args.vae / "model_index.json").is_file() else args.vae
     if not (folder / "config.json").is_file():
@@ -322,6 +329,10 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("icons", help="score a text-to-image pipeline of the icon world")
     command.set_defaults(evaluate=evaluate_icons)
     add_model_arguments(command)
+    command.add_argument(
+        "--split", choices=["held_out", "validation"], default="held_out",
+        help="validation: a fifth of the training prompts, to choose guidance, steps or a solver on",
+    )  # fmt: skip
     command.add_argument("--num_inference_steps", type=int, help="the model's own default where it is not given")
     command.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
     add_report_arguments(command, batch_size=32)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from evaluate import main, mean_score, rate_pictures, sample_held_out, score_categories, wilson_score
+from evaluate import main, mean_score, rate_pictures, sample_prompts, score_categories, wilson_score
 from generate import make_grid
 from icons import CATEGORIES, IconWorld
 from image_sets import PictureArray, PictureFolder, import_torch_fidelity, open_pictures, score_pictures, write_npz
@@ -44,21 +44,23 @@ def test_the_interval_of_the_mean_holds_it_95_times_in_100():
     assert 0.5 - mean.low == pytest.approx((0.5 - one.low) / 6**0.5)
 
 
-def test_the_prompts_are_held_out_and_enough_of_each_category(world):
-    prompts = sample_held_out(world, 100, seed=0)
+@pytest.mark.parametrize("split", ["held_out", "validation"])
+def test_the_prompts_are_of_the_split_and_enough_of_each_category(world, split):
+    split = getattr(world, f"{split}_prompts")
+    prompts = sample_prompts(split, 100, seed=0)
     counts = Counter(prompts)
     for category in CATEGORIES:
         of_category = [prompt for prompt in prompts if world.parse(prompt).category == category]
-        held_out = [prompt.text for prompt in world.held_out_prompts[category]]
-        assert len(of_category) >= 100 and set(of_category) <= set(held_out)
+        of_split = [prompt.text for prompt in split[category]]
+        assert len(of_category) >= 100 and set(of_category) <= set(of_split)
         assert len({counts[prompt] for prompt in of_category}) == 1  # all count alike
-        if len(held_out) < 100:
-            assert set(of_category) == set(held_out)
+        if len(of_split) < 100:
+            assert set(of_category) == set(of_split)
         else:
             assert len(of_category) == 100
-    assert prompts == sample_held_out(world, 100, seed=0) != sample_held_out(world, 100, seed=1)
+    assert prompts == sample_prompts(split, 100, seed=0) != sample_prompts(split, 100, seed=1)
     with pytest.raises(ValueError, match="`pictures_per_category`"):
-        sample_held_out(world, 0, seed=0)
+        sample_prompts(split, 0, seed=0)
 
 
 def test_a_perfect_artist_scores_1_and_one_that_cannot_count_loses_that_category(world):
@@ -68,7 +70,7 @@ def test_a_perfect_artist_scores_1_and_one_that_cannot_count_loses_that_category
     def one_for_all(prompts, seeds):
         return artist([p if world.parse(p).category != "counting" else "a star" for p in prompts], seeds)
 
-    prompts = sample_held_out(world, 20, seed=0)
+    prompts = sample_prompts(world.held_out_prompts, 20, seed=0)
     scores = score_categories(rate_pictures(world, prompts, artist, seed=7, batch_size=32))
     assert list(scores) == [*CATEGORIES, "mean"]
     assert all(score.value == 1.0 and score.low < 1.0 for score in scores.values())
@@ -85,14 +87,14 @@ def test_the_batch_size_changes_no_picture(world):
     def artist(prompts, seeds):
         return [world.draw(prompt, np.random.default_rng(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
 
-    prompts = sample_held_out(world, 2, seed=0)
+    prompts = sample_prompts(world.held_out_prompts, 2, seed=0)
     one, five = (rate_pictures(world, prompts, artist, seed=3, batch_size=size) for size in (1, 5))
     assert [rated.seed for rated in one] == [rated.seed for rated in five] == list(range(3, 3 + len(prompts)))
     assert [rated.image.tobytes() for rated in one] == [rated.image.tobytes() for rated in five]
 
 
 @pytest.mark.parametrize("guidance", [[], ["--guidance_scale", "2"]])
-def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, capsys, guidance):
+def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, capsys, world, guidance):
     arguments = ["icons", "--model", str(t2i_pipeline_path), "--pictures_per_category", "1", "--seed", "4"]
     arguments += ["--num_inference_steps", "1", "--batch_size", "4", *guidance]
     main([*arguments, "--json", str(tmp_path / "scores.json"), "--grid", str(tmp_path / "grid.png")])
@@ -107,6 +109,7 @@ def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, caps
     assert list(result["scores"]) == [*CATEGORIES, "mean"]
     pictures = result["pictures"]
     assert [picture["seed"] for picture in pictures] == [4, 5, 6, 7, 8, 9]
+    assert all(world.is_held_out(picture["prompt"]) for picture in pictures[1:])
 
     pipe = t2i_pipeline()
     pipe.vae.enable_slicing()
@@ -121,6 +124,16 @@ def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, caps
     captions = [f"WRONG, {picture['reason']}: {picture['prompt']}" for picture in pictures]
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.tobytes() == make_grid(images, captions).tobytes()
+
+
+def test_icons_scores_a_pipeline_on_training_prompts_to_choose_settings_on(t2i_pipeline_path, tmp_path, world):
+    arguments = ["icons", "--model", str(t2i_pipeline_path), "--pictures_per_category", "1", "--split", "validation"]
+    main([*arguments, "--num_inference_steps", "1", "--json", str(tmp_path / "scores.json")])
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["settings"]["split"] == "validation"
+    for picture in result["pictures"]:
+        prompt = world.parse(picture["prompt"])
+        assert prompt in world.validation_prompts[prompt.category] and not world.is_held_out(prompt.text)
 
 
 def test_icons_tokenizer_scores_reconstructions(t2i_pipeline, t2i_pipeline_path, world, tmp_path, capsys):

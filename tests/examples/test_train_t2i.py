@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import train_t2i
+from cached_codes import describe_pictures
+from icons import IconDataset, IconWorld
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -176,6 +178,14 @@ def test_icons_are_drawn_by_weight(train, scratch, workplace):
     )  # fmt: skip
     texts = json.loads((workplace / "codes" / "captions.json").read_text(encoding="utf-8"))
     assert len(texts) == 6 and all(len(text.split()) == 3 for text in texts)
+
+
+def test_cached_icons_of_another_held_out_rule_are_refused(monkeypatch):
+    dataset = IconDataset(50, 0, {"mixed": 4})
+    described = describe_pictures(dataset)
+    assert describe_pictures(IconDataset(50, 0, {"mixed": 4})) == described
+    monkeypatch.setattr(IconWorld, "_any_held_out", lambda self, *texts: False)
+    assert describe_pictures(IconDataset(50, 0, {"mixed": 4})) != described
 
 
 def test_two_processes_equal_one(workplace, arguments):
