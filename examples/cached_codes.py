@@ -15,7 +15,7 @@ from training_utils import ClassFolder, CroppedPictures, HubDataset, ImageFolder
 
 from bitdance_diffusers import BitDanceTokenizer
 
-ENCODE_BATCH_SIZE = 64
+ENCODE_PIXELS = 2**21  # of a batch: 512 pictures of 64 x 64, 8 of 512 x 512
 NUM_DESCRIBED_ICONS = 1000
 TARGET_FILES = {"text": "captions.json", "label": "labels.json"}
 
@@ -125,7 +125,8 @@ def cache_codes(
     )
     codes = np.lib.format.open_memmap(partial / "codes.npy", mode="r+")
     targets = []
-    pictures = DataLoader(_InOrder(dataset, start, end), ENCODE_BATCH_SIZE, num_workers=num_workers)
+    batch_size = max(1, ENCODE_PIXELS // dataset.resolution**2)
+    pictures = DataLoader(_InOrder(dataset, start, end), batch_size, num_workers=num_workers)
     for batch in tqdm(pictures, desc="Encoding pictures", disable=not accelerator.is_local_main_process):
         place = start + len(targets)
         code = vae.encode(batch["pixel_values"].to(accelerator.device)).code

@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     # 3. Train
     for batch, code, draws in run.batches():
         dropped = choose_dropped(len(code), args.label_dropout, draws)
-        class_labels = torch.where(dropped, config.num_classes, batch["label"]).to(code.device)
+        class_labels = torch.where(dropped, config.num_classes, batch["label"])
         loss = class_to_image_loss(
             run.transformer,
             pipeline.scheduler,

@@ -12,11 +12,12 @@ released models were fine-tuned with.
 """
 
 import argparse
-from functools import lru_cache
+from typing import Any
 
 import torch
 import training_utils
 from icons import TRAINING_CATEGORIES
+from torch.utils.data import default_collate
 from transformer_training import (
     TransformerTraining,
     add_transformer_arguments,
@@ -33,6 +34,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, unconditional_ids
 from bitdance_diffusers.training.objective import choose_dropped, text_to_image_loss
+
+MAX_KEPT_PROMPTS = 2**16
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -122,20 +125,33 @@ def check_pipeline(args: argparse.Namespace, pipeline: BitDancePipeline) -> None
 
 class PromptFrames:
     """
-    Captions -> `input_ids`, `attention_mask` (B, L), padded on the left: each in its frame, or the unconditional one
-    where it is dropped, and the tokens in front of the picture.
+    Makes batches of items with a "text": in its place `input_ids` (B, L) and `attention_mask` (B, L), padded on the
+    left: each prompt in its frame, and the tokens in front of the picture. `unconditional_ids` (L,) and
+    `unconditional_mask` (L,) are those of the frame without a prompt, which is shorter than any with one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, start_ids: list[int]) -> None:
-        self.framed = lru_cache(maxsize=2**16)(lambda text: prompt_ids(tokenizer, text) + start_ids)
+        self.tokenizer = tokenizer
+        self.start_ids = start_ids
         self.unconditional = unconditional_ids(tokenizer) + start_ids
+        self._framed: dict[str, list[int]] = {}
 
-    def __call__(self, texts: list[str], dropped: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [self.unconditional if drop else self.framed(text) for text, drop in zip(texts, dropped, strict=True)]
+    def framed(self, text: str) -> list[int]:
+        """The ids of a prompt, kept for the next time."""
+        if text not in self._framed:
+            if len(self._framed) == MAX_KEPT_PROMPTS:
+                self._framed.clear()
+            self._framed[text] = prompt_ids(self.tokenizer, text) + self.start_ids
+        return self._framed[text]
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [self.framed(item["text"]) for item in items] + [self.unconditional]
         longest = max(map(len, rows))
         input_ids = torch.tensor([row[:1] * (longest - len(row)) + row for row in rows])
-        length = torch.tensor([len(row) for row in rows])
-        return input_ids, torch.arange(longest) >= longest - length[:, None]
+        mask = torch.arange(longest) >= longest - torch.tensor([len(row) for row in rows])[:, None]
+        batch = default_collate([{name: item[name] for name in item if name != "text"} for item in items])
+        batch |= {"input_ids": input_ids[:-1], "attention_mask": mask[:-1]}
+        return batch | {"unconditional_ids": input_ids[-1], "unconditional_mask": mask[-1]}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -172,17 +188,19 @@ def main(args: argparse.Namespace) -> None:
         checkpoint,
         validation if args.validation_prompts else None,
         len(args.validation_prompts),
+        frames,
     )
 
     # 3. Train
     for batch, code, draws in run.batches():
-        dropped = choose_dropped(len(code), args.proportion_empty_prompts, draws)
-        input_ids, attention_mask = frames(batch["text"], dropped.tolist())
+        dropped = choose_dropped(len(code), args.proportion_empty_prompts, draws)[:, None]
+        input_ids = torch.where(dropped, batch["unconditional_ids"], batch["input_ids"])
+        attention_mask = torch.where(dropped, batch["unconditional_mask"], batch["attention_mask"])
         losses = text_to_image_loss(
             run.transformer,
             pipeline.scheduler,
-            input_ids.to(code.device),
-            attention_mask.to(code.device),
+            input_ids,
+            attention_mask,
             code,
             patch_size,
             draws,

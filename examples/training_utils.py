@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -500,11 +500,15 @@ class TrainingOrder:
 
 
 def create_dataloader(
-    args: argparse.Namespace, dataset: Dataset, accelerator: Accelerator, first_step: int
+    args: argparse.Namespace,
+    dataset: Dataset,
+    accelerator: Accelerator,
+    first_step: int,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader:
     """
-    Batches without end, from optimizer step `first_step` on, of a dataset that is indexed by (epoch, i). Not to be
-    prepared by accelerate: it is this process's share already.
+    Batches without end, from optimizer step `first_step` on, of a dataset that is indexed by (epoch, i); `collate`
+    makes them of items, in the workers. Not to be prepared by accelerate: it is this process's share already.
     """
     order = TrainingOrder(
         len(dataset),
@@ -517,6 +521,7 @@ def create_dataloader(
     return DataLoader(
         dataset,
         batch_sampler=order,
+        collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # else every start of the workers would take a number from the global state
@@ -675,12 +680,17 @@ def check_finite(accelerator: Accelerator, name: str, value: torch.Tensor, step:
         FloatingPointError: if it is NaN or infinite, in every process at once.
     """
     mean = accelerator.gather(value.detach().reshape(1)).mean().item()
-    if not math.isfinite(mean):
+    require_finite(name, mean, step)
+    return mean
+
+
+def require_finite(name: str, value: float, step: int) -> None:
+    """Raises a `FloatingPointError` that says what to do."""
+    if not math.isfinite(value):
         raise FloatingPointError(
-            f"The {name} at step {step} is {mean}. The last checkpoint is from before; a lower --learning_rate or "
+            f"The {name} at step {step} is {value}. The last checkpoint is from before; a lower --learning_rate or "
             "--max_grad_norm may help."
         )
-    return mean
 
 
 def clip_gradients(accelerator: Accelerator, parameters: Any, max_norm: float, step: int) -> None:
@@ -693,6 +703,35 @@ def clip_gradients(accelerator: Accelerator, parameters: Any, max_norm: float, s
     norm = accelerator.clip_grad_norm_(parameters, max_norm)
     if accelerator.mixed_precision != "fp16":
         check_finite(accelerator, "gradient's norm", norm, step)
+
+
+class StepValues:
+    """
+    Scalars of a step, means over the processes, on their way to the host. On CUDA the host runs ahead of the device:
+    read when the next step is queued, they cost no wait.
+    """
+
+    def __init__(self, accelerator: Accelerator, step: int, values: Mapping[str, torch.Tensor]) -> None:
+        self.step = step
+        self.names = list(values)
+        on_cuda = accelerator.device.type == "cuda"
+        mean = accelerator.gather(torch.stack([value.detach().float() for value in values.values()])[None]).mean(0)
+        self._mean = mean.to("cpu", non_blocking=on_cuda)
+        self._copied = torch.cuda.current_stream().record_event() if on_cuda else None
+
+    def read(self) -> dict[str, float]:
+        """
+        The values by name.
+
+        Raises:
+            FloatingPointError: if one is NaN or infinite, in every process at once.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        values = dict(zip(self.names, self._mean.tolist(), strict=True))
+        for name, value in values.items():
+            require_finite(name, value, self.step)
+        return values
 
 
 # Reports

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 import training_utils
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from cached_codes import cache_codes
 from diffusers.training_utils import EMAModel
 from generate import DTYPES
@@ -51,6 +51,7 @@ def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--transformer_config", type=Path, help="a config.json; train from scratch")
     model.add_argument("--vae_path", help="folder or repository of the BitDanceTokenizer")
     model.add_argument("--attention_backend", help="one of Diffusers' attention backends, such as _native_math")
+    model.add_argument("--compile", action="store_true", help="compile the transformer's blocks with torch.compile")
     model.add_argument("--save_dtype", choices=list(DTYPES), default="float32", help="of the saved transformer")
     model.add_argument(
         "--cache_codes", nargs="?", const=True, metavar="DIR",
@@ -176,6 +177,7 @@ class TransformerTraining:
         checkpoint (`Path`, *optional*): to go on from.
         validation (`Mapping`, *optional*): arguments of the pipeline that draw the validation pictures, and ...
         num_validation_rows (`int`): ... how many times `--num_validation_images` they draw.
+        collate (`Callable`, *optional*): makes a batch of the dataset's items; torch's default if None.
 
     Raises:
         ValueError: if the checkpoint is of another configuration, before anything is written.
@@ -192,6 +194,7 @@ class TransformerTraining:
         checkpoint: Path | None,
         validation: Mapping[str, Any] | None,
         num_validation_rows: int,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
         self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
         self.validation, self.num_validation_rows = validation, num_validation_rows
@@ -210,8 +213,10 @@ class TransformerTraining:
             transformer.enable_gradient_checkpointing()
         if args.attention_backend is not None:
             transformer.set_attention_backend(args.attention_backend)
+        if args.compile:
+            transformer.compile_repeated_blocks(fullgraph=True)
         self.vae.eval().requires_grad_(False).to(accelerator.device)
-        self.ema = EMAModel(transformer.parameters(), decay=args.ema_decay) if args.use_ema else None
+        self.ema = EMAModel(transformer.parameters(), args.ema_decay, foreach=True) if args.use_ema else None
         self.num_steps = training_utils.count_steps(args, len(pictures), accelerator.num_processes)
         self.transformer, *self.optimizers = accelerator.prepare(transformer, *create_optimizers(args, transformer))
         self.lr_scheduler = training_utils.create_lr_scheduler(args, self.optimizers[0].optimizer, self.num_steps)
@@ -232,7 +237,7 @@ class TransformerTraining:
         if args.cache_codes is not None:
             folder = args.output_dir / "codes" if args.cache_codes is True else Path(args.cache_codes)
             dataset = cache_codes(folder, dataset, self.vae, accelerator, args.dataloader_num_workers, target)
-        self.dataloader = training_utils.create_dataloader(args, dataset, accelerator, self.first_step)
+        self.dataloader = training_utils.create_dataloader(args, dataset, accelerator, self.first_step, collate)
 
         # 3. Reports
         num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
@@ -242,23 +247,27 @@ class TransformerTraining:
             total=self.num_steps, initial=self.first_step, disable=not accelerator.is_local_main_process
         )
         self.timer = training_utils.StepTimer()
+        self.losses: list[dict[str, torch.Tensor]] = []  # of the step's batches so far
+        self.unread: training_utils.StepValues | None = None  # of the last step
 
     def batches(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, RandomDraws]]:
         """
-        The batches up to the last step: what the dataset holds, the codes of its pictures (B, C, h, w), and the source
-        of every random number, which depends neither on the number of processes nor on where the run was resumed.
+        The batches up to the last step: what the dataset holds, tensors on the device, the codes of its pictures
+        (B, C, h, w), and the source of every random number, which depends neither on the number of processes nor on
+        where the run was resumed.
         """
         args, accelerator = self.args, self.accelerator
         batches = enumerate(self.dataloader, start=self.first_step * args.gradient_accumulation_steps)
         while self.step < self.num_steps:
             number, batch = next(batches)
-            generator = training_utils.random_generator(args.seed, number)
+            batch = send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type == "cuda")
+            generator = training_utils.random_generator(args.seed, number, device=accelerator.device)
             draws = RandomDraws(generator, accelerator.process_index, accelerator.num_processes)
             if args.cache_codes is not None:
-                code = self.vae.unpack(batch["packed_code"].to(accelerator.device))
+                code = self.vae.unpack(batch["packed_code"])
             else:
                 with torch.no_grad():
-                    code = self.vae.encode(batch["pixel_values"].to(accelerator.device)).code
+                    code = self.vae.encode(batch["pixel_values"]).code
             self.timer.lap("data")
             with accelerator.accumulate(self.transformer):
                 yield batch, code, draws
@@ -268,13 +277,15 @@ class TransformerTraining:
         The gradient of a batch's loss, and where enough have accumulated a step, with all that comes after it.
 
         Raises:
-            FloatingPointError: for a loss or a gradient that is not finite.
+            FloatingPointError: for a loss or a gradient of an earlier step that is not finite; no checkpoint is
+                written after such a step.
         """
         args, accelerator = self.args, self.accelerator
-        mean_loss = training_utils.check_finite(accelerator, "loss", loss, self.step)
+        self.losses.append({"loss": loss, **(more_logs or {})})
         accelerator.backward(loss)
         if accelerator.sync_gradients:
-            training_utils.clip_gradients(accelerator, self.transformer.parameters(), args.max_grad_norm, self.step)
+            norm = accelerator.clip_grad_norm_(self.transformer.parameters(), args.max_grad_norm)
+        self.report()  # the step before, now that this one is queued
         self.timer.lap("forward_backward")
         for optimizer in self.optimizers:
             optimizer.step()
@@ -291,20 +302,40 @@ class TransformerTraining:
         if self.ema is not None:
             self.ema.step(self.transformer.parameters())
         self.step += 1
+        values = {
+            name: torch.stack([losses[name].detach() for losses in self.losses]).mean() for name in self.losses[0]
+        }
+        if accelerator.mixed_precision != "fp16":  # whose gradient scaler skips such a step by itself
+            values["gradient_norm"] = norm
+        self.unread = training_utils.StepValues(accelerator, self.step, values)
+        self.losses = []
         self.timer.lap("optimizer")
-        seconds = sum(self.timer.seconds[lap] for lap in self.timer.seconds if lap != "rest")
-        speed = self.per_step * (self.step - self.first_step) / seconds
-        logs = {"loss": mean_loss, "lr": self.lr_scheduler.get_last_lr()[0], "pictures_per_second": speed}
-        self.progress.update()
-        self.progress.set_postfix({name: f"{value:.3g}" for name, value in logs.items()})
-        accelerator.log(logs | {name: value.item() for name, value in (more_logs or {}).items()}, step=self.step)
         if self.step % args.checkpointing_steps == 0:
+            self.report()
             self.checkpoints.save(self.step)
         if self.validation is not None and self.step % args.validation_steps == 0:
             trained = self.trained_transformer()
             if accelerator.is_main_process:
                 self.validate(trained)
         self.timer.lap("rest")
+
+    def report(self) -> None:
+        """
+        Log the last step, if that has not been done.
+
+        Raises:
+            FloatingPointError: for a loss or a gradient that is not finite.
+        """
+        if self.unread is None:
+            return
+        step, values = self.unread.step, self.unread.read()
+        self.unread = None
+        seconds = sum(self.timer.seconds[lap] for lap in self.timer.seconds if lap != "rest")
+        speed = self.per_step * (step - self.first_step) / seconds
+        logs = values | {"lr": self.lr_scheduler.get_last_lr()[0], "pictures_per_second": speed}
+        self.progress.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
+        self.progress.update()
+        self.accelerator.log(logs, step=step)
 
     def trained_transformer(self) -> Transformer:
         """A copy of the transformer as it is saved: whole, with the averaged weights if any. A collective."""
@@ -337,6 +368,7 @@ class TransformerTraining:
     def finish(self, description: str, tags: list[str]) -> None:
         """Save the trained pipeline with a model card, draw the last validation pictures, and upload if asked to."""
         args = self.args
+        self.report()
         self.progress.close()
         trained = self.trained_transformer()
         if self.accelerator.is_main_process:

@@ -123,7 +123,7 @@ def flip_bits(code: torch.Tensor, max_probability: float, draws: RandomDraws) ->
 
 
 def choose_dropped(batch_size: int, probability: float, draws: RandomDraws) -> torch.Tensor:
-    """(B,) bool, on the CPU: the rows whose prompt or label gives way to the unconditional one."""
+    """(B,) bool, where the draws are made: the rows whose prompt or label gives way to the unconditional one."""
     return draws.draw(torch.rand, (batch_size,)) < probability
 
 

@@ -241,14 +241,17 @@ def test_a_loss_that_is_not_finite_reaches_no_checkpoint(train, workplace):
         assert all(value.isfinite().all() for value in load_file(file).values())
 
 
-def test_dropped_prompts_take_the_unconditional_frame(t2i_pipeline):
-    tokenizer = t2i_pipeline().tokenizer
-    frames = train_t2i.PromptFrames(tokenizer, [5, 6])
-    input_ids, mask = frames(["a red fox", "two"], [False, True])
+def test_prompts_stand_in_their_frames(t2i_pipeline):
+    frames = train_t2i.PromptFrames(t2i_pipeline().tokenizer, [5, 6])
+    batch = frames(
+        [{"text": "a red fox", "packed_code": torch.tensor(1)}, {"text": "", "packed_code": torch.tensor(2)}]
+    )
+    assert batch["packed_code"].tolist() == [1, 2] and "text" not in batch
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     assert mask[0].all() and not mask[1, 0]
-    assert input_ids[1][mask[1]].tolist() == frames.unconditional
-    assert input_ids[0].tolist() == train_t2i.PromptFrames(tokenizer, [5, 6]).framed("a red fox")
-    assert input_ids[:, -2:].tolist() == [[5, 6]] * 2
+    assert ids[0].tolist() == frames.framed("a red fox") and ids[1][mask[1]].tolist() == frames.framed("")
+    assert batch["unconditional_ids"][batch["unconditional_mask"]].tolist() == frames.unconditional
+    assert ids[:, -2:].tolist() == [[5, 6]] * 2
 
 
 def overfit(pipeline, num_steps):
@@ -258,7 +261,8 @@ def overfit(pipeline, num_steps):
     texts = ["a red fox", "a blue umbrella", "two", "sleeping under it"]
     patch_size = transformer.config.patch_size
     frames = train_t2i.PromptFrames(pipeline.tokenizer, picture_start_ids(pipeline.tokenizer, 8, 8, patch_size))
-    input_ids, mask = frames(texts, [False] * 4)
+    prompts = frames([{"text": text} for text in texts])
+    input_ids, mask = prompts["input_ids"], prompts["attention_mask"]
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=2e-3, betas=(0.9, 0.95))
     losses = []
     for step in range(num_steps):

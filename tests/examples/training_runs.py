@@ -31,7 +31,7 @@ def recorded(script):
     return f"""
 import sys, torch
 import {script}, training_utils
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 record = {{"losses": []}}
 check_finite = training_utils.check_finite
 def recorded(accelerator, name, value, step):
@@ -39,11 +39,18 @@ def recorded(accelerator, name, value, step):
     if name == "loss":
         record["losses"].append(mean)
     return mean
-def clip(accelerator, parameters, max_norm, step):
+read = training_utils.StepValues.read
+def recorded_read(self):
+    values = read(self)
+    record["losses"].append(values["loss"])
+    return values
+clip = Accelerator.clip_grad_norm_
+def recorded_clip(self, parameters, max_norm):
     parameters = list(parameters)
     record.setdefault("gradients", [p.grad.clone() for p in parameters])
-    accelerator.clip_grad_norm_(parameters, max_norm)
-training_utils.check_finite, training_utils.clip_gradients = recorded, clip
+    return clip(self, parameters, max_norm)
+training_utils.check_finite, training_utils.StepValues.read = recorded, recorded_read
+Accelerator.clip_grad_norm_ = recorded_clip
 {script}.main({script}.parse_args(sys.argv[2:]))
 torch.save(record, f"{{sys.argv[1]}}-{{PartialState().process_index}}")
 """
