@@ -216,6 +216,21 @@ def test_bf16_mixed_precision(train):
     torch.testing.assert_close(mixed["norm_out.weight"], exact["norm_out.weight"], atol=2e-2, rtol=0)
 
 
+def test_compiled_blocks_train_and_save_the_same(train, monkeypatch):
+    graphs = []
+    compile_blocks = BitDanceTransformer.compile_repeated_blocks
+
+    def compile_and_count(self, **options):
+        compile_blocks(self, **options, backend=lambda graph, inputs: graphs.append(graph) or graph)
+
+    monkeypatch.setattr(BitDanceTransformer, "compile_repeated_blocks", compile_and_count)
+    plain = weights(train("plain", use_ema=True))
+    assert not graphs
+    compiled = weights(train("compiled", use_ema=True, compile=True))
+    assert graphs
+    assert_equal_states(plain, compiled)
+
+
 def test_text_loss_trains_the_output_layer(train, scratch):
     config = json.loads(scratch["transformer_config"].read_text(encoding="utf-8")) | {"use_lm_head": True}
     scratch["transformer_config"].write_text(json.dumps(config), encoding="utf-8")
@@ -237,8 +252,16 @@ def test_a_loss_that_is_not_finite_reaches_no_checkpoint(train, workplace):
     with pytest.raises(FloatingPointError):
         train("out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20)
     assert not (workplace / "out" / "model_index.json").exists()
+    assert list((workplace / "out").glob("checkpoint-*"))
     for file in (workplace / "out").glob("checkpoint-*/model.safetensors"):
         assert all(value.isfinite().all() for value in load_file(file).values())
+
+
+def test_a_loss_of_the_last_step_that_is_not_finite_is_an_error(train, workplace):
+    """Values are read a step later: the last step's at the end."""
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        train("out", learning_rate=1e30, max_train_steps=2)
+    assert not (workplace / "out" / "model_index.json").exists()
 
 
 def test_prompts_stand_in_their_frames(t2i_pipeline):
