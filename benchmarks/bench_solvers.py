@@ -27,9 +27,9 @@ from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-from evaluate import rate_pictures, sample_prompts  # noqa: E402
-from generate import add_model_arguments, load_pipeline  # noqa: E402
-from icons import CATEGORIES, IconWorld  # noqa: E402
+from drawing.models import add_model_arguments, load_pipeline  # noqa: E402
+from icon_world.held_out_score import rate_pictures, sample_prompts  # noqa: E402
+from icon_world.world import CATEGORIES, IconWorld  # noqa: E402
 
 VARIANTS = ["euler_maruyama:51"] + [f"exponential_2m:{number}" for number in (8, 12, 16, 20, 30, 51)]
 NUM_RESAMPLES = 2000

@@ -12,156 +12,27 @@ precision and recall of a folder or `.npz` of pictures (`sample_class.py` writes
 """
 
 import argparse
-import json
 import math
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
-from digits import NUM_CLASSES, classify, train_classifier
-from generate import (
-    DTYPES,
-    SHIPPED_MODEL,
-    add_model_arguments,
-    find_device,
-    load_pipeline,
-    make_grid,
-    save_image,
-)
-from icons import CATEGORIES, IconPrompt, IconWorld
-from image_sets import find_feature_weights, open_pictures, score_pictures
 from PIL import Image
 from tqdm import tqdm
 
 from bitdance_diffusers import BitDanceClassPipeline, BitDanceTokenizer
-
-Z_95 = 1.959964  # the normal distribution's quantile for 95 % intervals
-
-
-@dataclass(frozen=True)
-class Rated:
-    """A picture that was rated: `reason` says why it is wrong, and is empty where it is right."""
-
-    category: str
-    prompt: str
-    seed: int
-    image: Image.Image
-    reason: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """A share in [0, 1] with the ends of its 95 % interval, and how many pictures it was measured on."""
-
-    value: float
-    low: float
-    high: float
-    num_pictures: int
-
-
-def wilson_score(num_right: int, num_pictures: int) -> Score:
-    """A share with its Wilson interval (Wilson, 1927), which holds near 0 and 1 and for few pictures too."""
-    share = num_right / num_pictures
-    denominator = 1 + Z_95**2 / num_pictures
-    center = (share + Z_95**2 / (2 * num_pictures)) / denominator
-    half = Z_95 / denominator * math.sqrt(share * (1 - share) / num_pictures + Z_95**2 / (4 * num_pictures**2))
-    return Score(share, max(0.0, center - half), min(1.0, center + half), num_pictures)
-
-
-def mean_score(scores: list[Score]) -> Score:
-    """The mean of independent shares; its interval is put together from theirs (Zou and Donner, 2008, "MOVER")."""
-    value = sum(score.value for score in scores) / len(scores)
-    below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / len(scores)
-    above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / len(scores)
-    return Score(value, value - below, value + above, sum(score.num_pictures for score in scores))
-
-
-def sample_prompts(prompts: Mapping[str, list[IconPrompt]], pictures_per_category: int, seed: int) -> list[str]:
-    """The prompts to score: so many of each category, or where there are fewer all of them, each so often as it takes
-    to get there.
-
-    Args:
-        prompts: by category, such as `IconWorld.held_out_prompts`.
-        pictures_per_category: at least so many are drawn of each.
-        seed: of the choice.
-
-    Raises:
-        ValueError: if `pictures_per_category` is under 1.
-    """
-    if pictures_per_category < 1:
-        raise ValueError(f"`pictures_per_category` has to be at least 1, but is {pictures_per_category}.")
-    rng = np.random.default_rng(seed)
-    sampled = []
-    for category in CATEGORIES:
-        texts = [prompt.text for prompt in prompts[category]]
-        if pictures_per_category <= len(texts):
-            sampled += [texts[index] for index in rng.choice(len(texts), pictures_per_category, replace=False)]
-        else:
-            sampled += texts * math.ceil(pictures_per_category / len(texts))
-    return sampled
-
-
-def rate_pictures(
-    world: IconWorld,
-    prompts: list[str],
-    draw: Callable[[list[str], list[int]], list[Image.Image]],
-    seed: int,
-    batch_size: int,
-) -> list[Rated]:
-    """Let `draw` make a picture of each prompt, given so many prompts and seeds at once, and check them.
-
-    Picture k has the seed `seed` + k, so that the batch size changes nothing.
-    """
-    rated = []
-    with tqdm(total=len(prompts), unit="picture") as progress:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            seeds = [seed + start + index for index in range(len(batch))]
-            for prompt, picture_seed, image in zip(batch, seeds, draw(batch, seeds), strict=True):
-                category = world.parse(prompt).category
-                rated.append(Rated(category, prompt, picture_seed, image, world.judge(image, prompt).reason))
-            progress.update(len(batch))
-            progress.set_postfix(right=sum(not one.reason for one in rated) / len(rated))
-    return rated
-
-
-def score_categories(rated: list[Rated]) -> dict[str, Score]:
-    """The score of each category, and the mean over the categories under "mean"."""
-    scores = {}
-    for category in CATEGORIES:
-        reasons = [one.reason for one in rated if one.category == category]
-        scores[category] = wilson_score(reasons.count(""), len(reasons))
-    return scores | {"mean": mean_score(list(scores.values()))}
-
-
-def write_json(path: Path, result: dict) -> None:
-    """Write a result under a temporary name, rename it, and print its name."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    print(path)
-
-
-def report(rated: list[Rated], settings: dict, args: argparse.Namespace) -> None:
-    """Print the table, and write what `--json` and `--grid` ask for."""
-    scores = score_categories(rated)
-    print_scores("category", scores)
-    if args.json:
-        result = {
-            "settings": settings,
-            "scores": {name: vars(score) for name, score in scores.items()},
-            "pictures": [{"prompt": one.prompt, "seed": one.seed, "reason": one.reason} for one in rated],
-        }
-        write_json(args.json, result)
-    if args.grid:
-        captions = [f"WRONG, {one.reason}: {one.prompt}" if one.reason else one.prompt for one in rated]
-        save_image(make_grid([one.image for one in rated], captions), args.grid)
-        print(args.grid)
+from data.whole_files import write_json
+from drawing.models import DTYPES, SHIPPED_MODEL, add_model_arguments, find_device, load_pipeline
+from drawing.pictures import save_image
+from icon_world.held_out_score import rate_pictures, report, sample_prompts
+from icon_world.world import IconWorld
+from mnist_digits.classifier import classify, train_classifier
+from mnist_digits.digits import NUM_CLASSES
+from scores.inception import find_feature_weights, score_pictures
+from scores.picture_sets import open_pictures
+from scores.shares import print_scores, wilson_score
 
 
 def evaluate_icons(args: argparse.Namespace) -> None:
@@ -304,12 +175,6 @@ def evaluate_digits(args: argparse.Namespace) -> None:
     if args.grid:
         save_image(make_image_grid(images, NUM_CLASSES, args.pictures_per_class), args.grid)
         print(args.grid)
-
-
-def print_scores(title: str, scores: dict[str, Score]) -> None:
-    print(f"{title:<14}{'right':>7}  {'95 % interval':<15}{'pictures':>9}")
-    for name, score in scores.items():
-        print(f"{name:<14}{score.value:>7.3f}  {score.low:.3f} - {score.high:.3f}  {score.num_pictures:>9}")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:

@@ -6,20 +6,17 @@ python examples/generate.py --model runs/BitDance-14B-16x --prompt_file prompts.
 """
 
 import argparse
-import math
 import os
 import re
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import make_image_grid
-from huggingface_hub.utils import validate_repo_id
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from bitdance_diffusers import BitDancePipeline
+from drawing.models import SHIPPED_MODEL, add_model_arguments, load_pipeline
+from drawing.pictures import make_grid, save_image
 
-SHIPPED_MODEL = Path(__file__).parent / "pretrained" / "icons-64"
 # Two prompts of each of the icon world's six kinds, none of which the shipped model was trained on but the first two.
 SHIPPED_PROMPTS = [
     "a crown",
@@ -35,77 +32,6 @@ SHIPPED_PROMPTS = [
     "a purple star and a yellow heart",
     "a blue star and an orange car",
 ]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MIN_CELL_PX = 192  # pictures of a grid are enlarged by a whole factor up to at least this side, so that captions fit
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `load_pipeline` takes."""
-    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="a pipeline's folder, or its name on the Hub")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; float32 on a CPU, else bfloat16")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the first accelerator where there is one")
-
-
-def load_pipeline(
-    model: str, dtype: str | None, device: str | None, pipeline_class: type[DiffusionPipeline] = BitDancePipeline
-) -> DiffusionPipeline:
-    """Load a pipeline onto a device.
-
-    Args:
-        model: a folder that `save_pretrained` wrote, or the name of a repository on the Hub.
-        dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU and bfloat16 elsewhere.
-        device: what `torch.device` takes; None is the accelerator where there is one, else the CPU.
-        pipeline_class: the pipeline that the model has to be.
-
-    Raises:
-        ValueError: for a device that torch does not know or this machine lacks, a model that is neither a pipeline's
-            folder nor a repository's name, or a checkpoint that does not load.
-    """
-    torch_device = find_device(device)
-    check_model(model)
-    weights_dtype = DTYPES[dtype or ("float32" if torch_device.type == "cpu" else "bfloat16")]
-    try:
-        pipe = pipeline_class.from_pretrained(model, dtype=weights_dtype).to(torch_device)
-    except OSError as error:  # what Diffusers raises for a repository or a file that is not there
-        raise ValueError(f"`model` cannot be loaded: {error}") from error
-    return pipe
-
-
-def check_model(model: str) -> None:
-    """
-    Raises:
-        ValueError: if the model is neither a pipeline's folder nor the name of a repository.
-    """
-    folder = Path(model)
-    if folder.exists():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"`model` has to be a pipeline's folder, but {model} has no model_index.json.")
-        return
-    parts = model.split("/")
-    if len(parts) != 2 or Path(parts[0]).is_dir():  # a path, rather than a repository's owner and name
-        raise ValueError(f"`model` has to be a pipeline's folder or a repository's owner/name, but is {model!r}.")
-    validate_repo_id(model)
-
-
-def find_device(device: str | None) -> torch.device:
-    """The device of that name; None is the accelerator where there is one, else the CPU.
-
-    Raises:
-        ValueError: for a device that torch does not know or this machine lacks.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
-        return accelerator or torch.device("cpu")
-    available = ["cpu"] + ([accelerator.type] if accelerator else [])
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"`device` has to be one of {', '.join(available)}, but is {device!r}.") from error
-    number = torch.accelerator.device_count() if accelerator and found.type == accelerator.type else 1
-    if found.type not in available or (found.index or 0) >= number:
-        raise ValueError(f"`device` has to be on this machine, which has {', '.join(available)}, but is {device!r}.")
-    return found
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -167,32 +93,6 @@ def draw(pipe: BitDancePipeline, prompts: list[str], args: argparse.Namespace) -
             generator=[torch.Generator().manual_seed(args.seed + start + index) for index in range(len(batch))],
         ).images
     return images
-
-
-def make_grid(images: list[Image.Image], captions: list[str]) -> Image.Image:
-    """The pictures with their captions below them, as nearly square as their number allows."""
-    factor = math.ceil(MIN_CELL_PX / images[0].width)
-    width, height = images[0].width * factor, images[0].height * factor
-    font = ImageFont.load_default(size=12)
-    cells = []
-    for image, caption in zip(images, captions, strict=True):
-        while font.getlength(caption) > width - 8:
-            caption = caption.rstrip("…")[:-1] + "…"
-        cell = Image.new("RGB", (width + 8, height + 28), "white")
-        cell.paste(image.resize((width, height), Image.Resampling.NEAREST), (4, 4))
-        ImageDraw.Draw(cell).text((4 + width / 2, height + 8), caption, fill="black", font=font, anchor="ma")
-        cells.append(cell)
-    columns = math.ceil(math.sqrt(len(cells)))
-    rows = math.ceil(len(cells) / columns)
-    cells += [Image.new("RGB", cells[0].size, "white")] * (rows * columns - len(cells))
-    return make_image_grid(cells, rows, columns)
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture under a temporary name, and rename it."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    image.save(partial)
-    partial.replace(path)
 
 
 def save(images: list[Image.Image], prompts: list[str], output: Path) -> list[Path]:

@@ -24,14 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from generate import DTYPES, check_model, load_pipeline, save_image
-from image_sets import write_npz
 from tqdm import tqdm
-from training_utils import random_generator
 
 from bitdance_diffusers import BitDanceClassPipeline
 from bitdance_diffusers.pipelines.patchwise import check_guidance_scale, check_positive_integer
 from bitdance_diffusers.pipelines.pipeline_bitdance_class import GUIDANCE_SCHEDULES
+from drawing.models import DTYPES, check_model, load_pipeline
+from drawing.pictures import save_image
+from scores.picture_sets import write_npz
+from training.randomness import random_generator
 
 SETTINGS = "settings.json"
 

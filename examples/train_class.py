@@ -13,9 +13,14 @@ were trained with, on 8 processes: a batch of 1024 in all. The large and the hug
 import argparse
 
 import torch
-import training_utils
 from accelerate.logging import get_logger
-from transformer_training import (
+
+from bitdance_diffusers import BinaryDiffusionScheduler, BitDanceClassPipeline, BitDanceClassTransformer
+from bitdance_diffusers.pipelines.pipeline_bitdance_class import GUIDANCE_SCHEDULES
+from bitdance_diffusers.training.objective import choose_dropped, class_to_image_loss
+from data.sources import load_labelled_pictures
+from training.checkpoints import find_checkpoint
+from training.transformer_run import (
     TransformerTraining,
     add_transformer_arguments,
     check_probability,
@@ -26,10 +31,6 @@ from transformer_training import (
     new_transformer,
     register_defaults,
 )
-
-from bitdance_diffusers import BinaryDiffusionScheduler, BitDanceClassPipeline, BitDanceClassTransformer
-from bitdance_diffusers.pipelines.pipeline_bitdance_class import GUIDANCE_SCHEDULES
-from bitdance_diffusers.training.objective import choose_dropped, class_to_image_loss
 
 logger = get_logger(__name__)
 
@@ -105,9 +106,9 @@ def find_validation_labels(args: argparse.Namespace, pipeline: BitDanceClassPipe
 
 def main(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong with the arguments is found before anything is written
-    checkpoint = training_utils.find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     accelerator = create_accelerator(args)
-    pictures, label_names = training_utils.load_labelled_pictures(args, args.label_column)
+    pictures, label_names = load_labelled_pictures(args, args.label_column)
     pipeline = load_pipeline(args, label_names)
     check_pipeline(args, pipeline)
     register_defaults(

@@ -15,10 +15,17 @@ import argparse
 from typing import Any
 
 import torch
-import training_utils
-from icons import TRAINING_CATEGORIES
 from torch.utils.data import default_collate
-from transformer_training import (
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTransformer
+from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, unconditional_ids
+from bitdance_diffusers.training.objective import choose_dropped, text_to_image_loss
+from data.sources import load_pictures
+from icon_world.world import TRAINING_CATEGORIES
+from training.arguments import add_icons_argument
+from training.checkpoints import find_checkpoint
+from training.transformer_run import (
     TransformerTraining,
     add_transformer_arguments,
     check_probability,
@@ -29,11 +36,6 @@ from transformer_training import (
     new_transformer,
     register_defaults,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTransformer
-from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, unconditional_ids
-from bitdance_diffusers.training.objective import choose_dropped, text_to_image_loss
 
 MAX_KEPT_PROMPTS = 2**16
 
@@ -46,7 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     text = parser.add_argument_group("text")
     text.add_argument("--tokenizer_path", help="with --transformer_config: folder or repository of the text tokenizer")
     text.add_argument("--caption_column", default="text")
-    training_utils.add_icons_argument(text)
+    add_icons_argument(text)
     text.add_argument(
         "--icon_weights", nargs="+", default=[], metavar="CATEGORY=WEIGHT", help="how often --icons draws a category"
     )
@@ -156,7 +158,7 @@ class PromptFrames:
 
 def main(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong with the arguments is found before anything is written
-    checkpoint = training_utils.find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     accelerator = create_accelerator(args)
     pipeline = load_pipeline(args)
     check_pipeline(args, pipeline)
@@ -164,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
     transformer, patch_size = pipeline.transformer, pipeline.transformer.config.patch_size
     side = args.resolution // pipeline.vae_scale_factor
     frames = PromptFrames(pipeline.tokenizer, picture_start_ids(pipeline.tokenizer, side, side, patch_size))
-    pictures = training_utils.load_pictures(args, args.caption_column, args.icon_weights, args.smaller_icons)
+    pictures = load_pictures(args, args.caption_column, args.icon_weights, args.smaller_icons)
 
     # 2. Model, optimizer, codes. The output layer for text learns from the text loss alone.
     text_loss_weight = args.text_loss_weight

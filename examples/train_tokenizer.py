@@ -15,10 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import reconstruction
 import torch
 import torch.nn.functional as F
-import training_utils
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
@@ -28,14 +26,35 @@ from tqdm.auto import tqdm
 
 from bitdance_diffusers import BitDanceTokenizer
 from bitdance_diffusers.training.quantization import QuantizationLosses, quantization_losses
+from data.crops import CroppedPictures
+from data.order import count_steps, create_dataloader
+from data.sources import load_pictures
+from training import reconstruction
+from training.arguments import (
+    add_icons_argument,
+    add_training_arguments,
+    check_training_arguments,
+    training_configuration,
+)
+from training.checkpoints import Checkpoints, find_checkpoint
+from training.hub_upload import push_to_hub, save_model_card
+from training.optimization import (
+    check_finite,
+    clip_gradients,
+    create_accelerator,
+    create_lr_scheduler,
+    create_optimizer,
+)
+from training.randomness import random_generator
+from training.reports import StepTimer, image_grid, log_image
 
 logger = get_logger(__name__)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_utils.add_training_arguments(parser)
-    training_utils.add_icons_argument(parser)
+    add_training_arguments(parser)
+    add_icons_argument(parser)
     model = parser.add_argument_group("tokenizer (exactly one source)")
     model.add_argument("--tokenizer_config", type=Path, help="a config.json; train from scratch")
     model.add_argument("--pretrained_model_name_or_path", help="a tokenizer to go on from, or a pipeline with one")
@@ -79,7 +98,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    training_utils.check_training_arguments(args)
+    check_training_arguments(args)
     if (args.tokenizer_config is None) == (args.pretrained_model_name_or_path is None):
         raise ValueError("Give exactly one of --tokenizer_config and --pretrained_model_name_or_path.")
     if args.resolution < 11:
@@ -180,13 +199,13 @@ def validate(
     codes, fakes = [], []
     for number, batch in enumerate(real.split(args.train_batch_size)):
         code = tokenizer.encode(batch.to(accelerator.device)).code
-        generator = training_utils.random_generator(args.seed, number, device=accelerator.device)
+        generator = random_generator(args.seed, number, device=accelerator.device)
         fakes.append(tokenizer.decode(code, generator=generator).sample.clamp(-1, 1).float().cpu())
         codes.append(code.float().cpu())
     tokenizer.train()
     code, fake = torch.cat(codes), torch.cat(fakes)
-    grid = training_utils.image_grid([real[:8], fake[:8]])
-    training_utils.log_image(accelerator, "reconstruction", grid, step, args.output_dir)
+    grid = image_grid([real[:8], fake[:8]])
+    log_image(accelerator, "reconstruction", grid, step, args.output_dir)
     metrics = {
         "validation/psnr": reconstruction.psnr(real, fake).mean().item(),
         "validation/ssim": reconstruction.ssim(real, fake).mean().item(),
@@ -199,41 +218,41 @@ def validate(
 
 def main(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong with the arguments is found before anything is written
-    checkpoint = training_utils.find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    accelerator = training_utils.create_accelerator(args)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    accelerator = create_accelerator(args)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     tokenizer = load_tokenizer(args)
     lpips = reconstruction.load_lpips(args.lpips_weights).to(accelerator.device) if args.lpips_weight > 0 else None
-    pictures = training_utils.load_pictures(args)
+    pictures = load_pictures(args)
     num_train = len(pictures) - args.num_validation_images
     if num_train < 1:
         raise ValueError(
             f"--num_validation_images {args.num_validation_images} leaves none of {len(pictures)} pictures to train."
         )
-    configuration = training_utils.training_configuration(
+    configuration = training_configuration(
         args,
         accelerator.num_processes,
         tokenizer={name: value for name, value in tokenizer.config.items() if not name.startswith("_")},
         num_pictures=len(pictures),
     )
-    first_step = 0 if checkpoint is None else training_utils.Checkpoints.check(checkpoint, configuration)
+    first_step = 0 if checkpoint is None else Checkpoints.check(checkpoint, configuration)
 
     # 2. Models, optimizers
     discriminator = reconstruction.PatchDiscriminator(tokenizer.config.out_channels) if args.gan_weight > 0 else None
     ema = EMAModel(tokenizer.parameters(), decay=args.ema_decay) if args.use_ema else None
     model = Autoencoder(tokenizer, args.bit_flip)
-    num_steps = training_utils.count_steps(args, num_train, accelerator.num_processes)
-    model, optimizer = accelerator.prepare(model, training_utils.create_optimizer(args, model.parameters()))
-    lr_scheduler = training_utils.create_lr_scheduler(args, optimizer.optimizer, num_steps)
+    num_steps = count_steps(args, num_train, accelerator.num_processes)
+    model, optimizer = accelerator.prepare(model, create_optimizer(args, model.parameters()))
+    lr_scheduler = create_lr_scheduler(args, optimizer.optimizer, num_steps)
     trained = [model]
     if discriminator is not None:
         discriminator, discriminator_optimizer = accelerator.prepare(
-            discriminator, training_utils.create_optimizer(args, discriminator.parameters())
+            discriminator, create_optimizer(args, discriminator.parameters())
         )
         trained.append(discriminator)
     if ema is not None:
         ema.to(accelerator.device)
-    checkpoints = training_utils.Checkpoints(
+    checkpoints = Checkpoints(
         accelerator, args.output_dir, configuration, lr_scheduler, ema, args.checkpoints_total_limit
     )
     if checkpoint is not None:
@@ -242,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator.init_trackers("train_tokenizer", config={name: str(value) for name, value in vars(args).items()})
 
     # 3. Pictures: the last are for validation
-    dataset = training_utils.CroppedPictures(
+    dataset = CroppedPictures(
         Subset(pictures, range(num_train)),
         args.resolution,
         args.center_crop,
@@ -250,8 +269,8 @@ def main(args: argparse.Namespace) -> None:
         args.seed,
         args.random_scale,
     )
-    dataloader = training_utils.create_dataloader(args, dataset, accelerator, first_step)
-    held_out = training_utils.CroppedPictures(
+    dataloader = create_dataloader(args, dataset, accelerator, first_step)
+    held_out = CroppedPictures(
         Subset(pictures, range(num_train, len(pictures))), args.resolution, True, False, args.seed
     )
     held_out = [held_out[0, i] for i in range(len(held_out))]
@@ -262,14 +281,12 @@ def main(args: argparse.Namespace) -> None:
     )
     per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     progress = tqdm(total=num_steps, initial=first_step, disable=not accelerator.is_local_main_process)
-    timer = training_utils.StepTimer()
+    timer = StepTimer()
     step, batches = first_step, enumerate(dataloader, start=first_step * args.gradient_accumulation_steps)
     while step < num_steps:
         number, batch = next(batches)
         real = batch["pixel_values"].to(accelerator.device, non_blocking=True)
-        generator = training_utils.random_generator(
-            args.seed, number, accelerator.process_index, device=accelerator.device
-        )
+        generator = random_generator(args.seed, number, accelerator.process_index, device=accelerator.device)
         timer.lap("data")
         with accelerator.accumulate(*trained):
             fake, logits = model(real, generator)
@@ -292,20 +309,20 @@ def main(args: argparse.Namespace) -> None:
                 logs["generator"] = -discriminator(fake).mean()
                 discriminator.requires_grad_(True)
                 loss = loss + args.gan_weight * logs["generator"]
-            mean_loss = training_utils.check_finite(accelerator, "loss", loss, step)
+            mean_loss = check_finite(accelerator, "loss", loss, step)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                training_utils.clip_gradients(accelerator, model.parameters(), args.max_grad_norm, step)
+                clip_gradients(accelerator, model.parameters(), args.max_grad_norm, step)
             timer.lap("forward_backward")
             optimizer.step()
             optimizer.zero_grad()
             timer.lap("optimizer")
             if gan:
                 logs["discriminator"] = reconstruction.hinge_loss(discriminator(real), discriminator(fake.detach()))
-                training_utils.check_finite(accelerator, "discriminator's loss", logs["discriminator"], step)
+                check_finite(accelerator, "discriminator's loss", logs["discriminator"], step)
                 accelerator.backward(logs["discriminator"])
                 if accelerator.sync_gradients:
-                    training_utils.clip_gradients(accelerator, discriminator.parameters(), args.max_grad_norm, step)
+                    clip_gradients(accelerator, discriminator.parameters(), args.max_grad_norm, step)
                 discriminator_optimizer.step()
                 discriminator_optimizer.zero_grad()
                 timer.lap("discriminator")
@@ -341,11 +358,9 @@ def main(args: argparse.Namespace) -> None:
         description = (
             f"A BitDance tokenizer, trained by `train_tokenizer.py` at {args.resolution} x {args.resolution}."
         )
-        training_utils.save_model_card(
-            args.output_dir, description, args.pretrained_model_name_or_path, ["image-tokenizer"]
-        )
+        save_model_card(args.output_dir, description, args.pretrained_model_name_or_path, ["image-tokenizer"])
         if args.push_to_hub:
-            training_utils.push_to_hub(args)
+            push_to_hub(args)
         shares = timer.shares("data", "forward_backward", "optimizer", "discriminator") if step > first_step else {}
         logger.info("Time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     accelerator.end_training()

@@ -8,12 +8,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from icons import IconDataset
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
-from training_utils import ClassFolder, CroppedPictures, HubDataset, ImageFolder
 
 from bitdance_diffusers import BitDanceTokenizer
+from data.crops import CroppedPictures
+from data.folders import ClassFolder, ImageFolder
+from data.hub_dataset import HubDataset
+from icon_world.dataset import IconDataset
 
 ENCODE_PIXELS = 2**21  # of a batch: 512 pictures of 64 x 64, 8 of 512 x 512
 NUM_DESCRIBED_ICONS = 1000

@@ -16,32 +16,23 @@ is held out (`IconWorld.mix`):
 
     mixed           two red stars and a car and a blue key
 
-`icons_world.json` holds the constants. The artwork is Font Awesome Free Solid 6.6.0 (font:
-SIL OFL 1.1, icons: CC BY 4.0), read from the package `fontawesomefree`.
-
-    python examples/icons.py --output_dir icons --num_pictures 1000
-
-writes a folder of captioned pictures that `train_t2i.py --train_data_dir` and `datasets` read.
+`icons_world.json` holds the constants. The artwork is Font Awesome Free Solid 6.6.0 (font: SIL OFL 1.1, icons:
+CC BY 4.0), read from the package `fontawesomefree`.
 """
 
-import argparse
-import importlib.metadata
-import importlib.util
 import json
-import os
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
-from torch.utils.data import Dataset
+from PIL import Image
+
+from icon_world.artwork import draw_glyph, find_font, scale_mask
+from icon_world.recognition import FoundIcon, IconFinder
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 MIXED = "mixed"
@@ -54,14 +45,10 @@ MIXED_COLOR_SHARE = 0.75  # of the shapes in a mixed prompt have their color nam
 # Drawing. The centres of a "position" picture, in pixels along the named axis and across it.
 MIN_CENTER_DISTANCE_ALONG = 16
 MAX_CENTER_DISTANCE_ACROSS = 14  # exclusive
-SUPERSAMPLING = 4
 
-# Checking. RGB distances are Euclidean, on values of 0 to 255.
-MIN_BACKGROUND_DISTANCE = 40  # a pixel nearer to the background than this belongs to it
-MIN_COMPONENT_PIXELS = 6  # a smaller component is a speck, not an icon, and is left out of the count
+# Checking. Colors are compared by Euclidean distance in RGB, on values of 0 to 255.
 MIN_IOU = 0.65
 MAX_COLOR_DISTANCE = 60
-COMMON_BOX_PX = 32  # silhouettes are compared after scaling both to a square of this side
 CENTER_TOLERANCE_PX = 1  # a found box may be half a pixel off on either side of either icon
 
 
@@ -83,26 +70,6 @@ class DrawnIcon:
     shape: str
     color: str
     box: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class FoundIcon:
-    """A connected component of what differs from the background.
-
-    `shape` is the best match and `iou` its intersection over union; `color` is the nearest color and `color_distance`
-    its RGB distance. `box` is (left, top, right, bottom) in pixels, right and bottom exclusive.
-    """
-
-    shape: str
-    iou: float
-    color: str
-    color_distance: float
-    box: tuple[int, int, int, int]
-
-    @property
-    def center(self) -> tuple[float, float]:
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
 
 
 @dataclass(frozen=True)
@@ -421,104 +388,16 @@ class IconWorld:
         return Verdict(not reason, reason, icons)
 
     def find_icons(self, image: Image.Image) -> tuple[FoundIcon, ...]:
-        """The icons in a picture, from left to right.
-
-        They are the 8-connected components of the pixels that are at least 40 away from the background in RGB; a
-        component of fewer than 6 pixels is a speck and left out. A component's color is the median of its half that is
-        farthest from the background, so that antialiased edges have no say in it; its silhouette is where it covers
-        at least half of the way from the background to that color.
+        """The icons in a picture, from left to right: see `IconFinder`.
 
         Raises:
             ValueError: if the picture is not 64x64.
         """
-        if image.size != (self.canvas, self.canvas):
-            raise ValueError(f"`image` has to be {self.canvas}x{self.canvas} pixels, but is {image.size}.")
-        difference = np.asarray(image.convert("RGB"), dtype=np.float32) - self.background  # (64, 64, 3)
-        distance = np.linalg.norm(difference, axis=-1)
-        labels, _ = ndimage.label(distance >= MIN_BACKGROUND_DISTANCE, structure=np.ones((3, 3)))
-
-        icons = []
-        for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-            component = labels[rows, columns] == number
-            if component.sum() < MIN_COMPONENT_PIXELS:
-                continue
-            component_difference = difference[rows, columns]
-            component_distance = distance[rows, columns]
-            core = component & (component_distance >= np.median(component_distance[component]))
-            rgb = np.median(component_difference[core], axis=0)
-            silhouette = component & (component_difference @ rgb >= 0.5 * (rgb @ rgb))
-            top, bottom = rows.start + extent(silhouette.any(axis=1))
-            left, right = columns.start + extent(silhouette.any(axis=0))
-            shape, iou = self._nearest_shape(crop(silhouette))
-            color, color_distance = self._nearest_color(self.background + rgb)
-            icons.append(FoundIcon(shape, iou, color, color_distance, (int(left), int(top), int(right), int(bottom))))
-        return tuple(sorted(icons, key=lambda icon: icon.box))
+        return self._finder.find_icons(image)
 
     @cached_property
-    def _silhouettes(self) -> np.ndarray:
-        """bool (shapes, 32, 32): every shape's silhouette, scaled to the common box."""
-        return np.stack([to_common_box(mask) for mask in self._masks.values()])
-
-    def _nearest_shape(self, silhouette: np.ndarray) -> tuple[str, float]:
-        scaled = to_common_box(silhouette.astype(np.float32))
-        intersection = (self._silhouettes & scaled).sum(axis=(1, 2))
-        union = (self._silhouettes | scaled).sum(axis=(1, 2))
-        iou = intersection / union
-        best = int(iou.argmax())
-        return list(self.shapes)[best], float(iou[best])
-
-    def _nearest_color(self, rgb: np.ndarray) -> tuple[str, float]:
-        distances = {color: float(np.linalg.norm(rgb - reference)) for color, reference in self.colors.items()}
-        nearest = min(distances, key=distances.get)
-        return nearest, distances[nearest]
-
-
-class IconDataset(Dataset):
-    """Training pictures with their prompts. Item i is a function of (seed, i) alone: workers change nothing.
-
-    Args:
-        num_pictures: the length.
-        seed: two seeds give different pictures.
-        category_weights: see `IconWorld.sample_prompt`.
-        smaller_share: in [0, 1], the share of pictures whose icons are drawn `smaller` (`IconWorld.draw_scene`).
-
-    An item is `{"image": PIL RGB 64x64, "text": prompt}`.
-
-    Raises:
-        ValueError: for a length under 1, a negative seed, weights that `category_probabilities` refuses, or a share
-            outside of [0, 1].
-    """
-
-    def __init__(
-        self,
-        num_pictures: int,
-        seed: int,
-        category_weights: Mapping[str, float] | None = None,
-        smaller_share: float = 0.0,
-    ):
-        if num_pictures < 1:
-            raise ValueError(f"`num_pictures` has to be at least 1, but is {num_pictures}.")
-        if seed < 0:
-            raise ValueError(f"`seed` has to be at least 0, but is {seed}.")
-        if not 0 <= smaller_share <= 1:
-            raise ValueError(f"`smaller_share` has to be in [0, 1], but is {smaller_share}.")
-        category_probabilities(category_weights)
-        self.num_pictures = num_pictures
-        self.seed = seed
-        self.category_weights = category_weights
-        self.smaller_share = smaller_share
-        self.world = IconWorld()
-
-    def __len__(self) -> int:
-        return self.num_pictures
-
-    def __getitem__(self, index: int) -> dict[str, Image.Image | str]:
-        if not 0 <= index < self.num_pictures:
-            raise IndexError(f"index {index} is outside of 0..{self.num_pictures - 1}")
-        rng = np.random.default_rng((self.seed, index))
-        prompt = self.world.sample_prompt(rng, self.category_weights)
-        smaller = self.smaller_share > 0 and rng.random() < self.smaller_share
-        return {"image": self.world.draw_scene(prompt, rng, smaller)[0], "text": prompt.text}
+    def _finder(self) -> IconFinder:
+        return IconFinder(self.canvas, self.background, self.colors, self._masks)
 
 
 def fold(prompt: str) -> int:
@@ -591,103 +470,3 @@ def relation_holds(relation: str, offset_x: float, offset_y: float, tolerance: f
         and abs(across) < MAX_CENTER_DISTANCE_ACROSS + tolerance
         and along > abs(across)
     )
-
-
-def find_font(requirement: str, file: str) -> Path:
-    """The path of a font file inside an installed package.
-
-    Raises:
-        ImportError: if the package is absent or of another version.
-    """
-    package, version = requirement.split("==")
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise ImportError(f"The icons come from the package {package}; run `pip install {requirement}`.")
-    if (installed := importlib.metadata.version(package)) != version:
-        raise ImportError(f"The icons are those of {requirement}, but {installed} is installed.")
-    return Path(spec.submodule_search_locations[0]) / file
-
-
-def draw_glyph(font: Path, character: str) -> np.ndarray:
-    """float32 (height, width) in [0, 1]: the character, some hundreds of pixels large, cropped to its box."""
-    glyph = Image.new("L", (1000, 1000))
-    ImageDraw.Draw(glyph).text((200, 200), character, fill=255, font=ImageFont.truetype(font, 512))
-    return np.asarray(glyph.crop(glyph.getbbox()), dtype=np.float32) / 255
-
-
-def scale_mask(mask: np.ndarray, longest_side: int) -> np.ndarray:
-    """The mask with its longest side scaled to so many pixels, antialiased: drawn 4 times larger, then reduced."""
-    scale = longest_side / max(mask.shape)
-    height, width = (round(side * scale) for side in mask.shape)
-    large = Image.fromarray(mask).resize((width * SUPERSAMPLING, height * SUPERSAMPLING), Image.Resampling.BOX)
-    return np.asarray(large.reduce(SUPERSAMPLING))
-
-
-def to_common_box(mask: np.ndarray) -> np.ndarray:
-    """bool (32, 32): a silhouette that fills its box, stretched to the common one."""
-    size = (COMMON_BOX_PX, COMMON_BOX_PX)
-    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR)) >= 0.5
-
-
-def extent(line: np.ndarray) -> np.ndarray:
-    """The first index of a bool vector that is True, and the last plus one."""
-    indices = np.flatnonzero(line)
-    return np.array([indices[0], indices[-1] + 1])
-
-
-def crop(silhouette: np.ndarray) -> np.ndarray:
-    """A bool picture cropped to the box of what is True."""
-    top, bottom = extent(silhouette.any(axis=1))
-    left, right = extent(silhouette.any(axis=0))
-    return silhouette[top:bottom, left:right]
-
-
-def write_image_folder(output_dir: Path, num_pictures: int, seed: int) -> None:
-    """Write an `IconDataset` as an image folder: `000000.png`, ... and their prompts in `metadata.jsonl`.
-
-    Raises:
-        FileExistsError: if there is something at `output_dir`.
-    """
-    dataset = IconDataset(num_pictures, seed)
-    with new_folder(output_dir) as folder, (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
-        for index in range(num_pictures):
-            item = dataset[index]
-            name = f"{index:06d}.png"
-            item["image"].save(folder / name)
-            metadata.write(json.dumps({"file_name": name, "text": item["text"]}) + "\n")
-
-
-@contextmanager
-def new_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder beside `output_dir` to write into, which takes its name at the end; after an error nothing is left.
-
-    Raises:
-        FileExistsError: if there is something at `output_dir`.
-    """
-    if output_dir.exists():
-        raise FileExistsError(f"`output_dir` exists already: {output_dir}")
-    partial = output_dir.with_name(f"{output_dir.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output_dir)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write captioned pictures of the icon world as an image folder.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write; it must not exist")
-    parser.add_argument("--num_pictures", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    try:
-        write_image_folder(args.output_dir, args.num_pictures, args.seed)
-    except (ValueError, FileExistsError, ImportError) as error:
-        parser.error(str(error))
-    print(f"{args.num_pictures} pictures in {args.output_dir}")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import training_utils
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, send_to_device
-from cached_codes import cache_codes
 from diffusers.training_utils import EMAModel
-from generate import DTYPES
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -32,6 +29,17 @@ from bitdance_diffusers import (
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws
 from bitdance_diffusers.training.parameter_groups import hidden_matrices, parameter_groups
+from data.cached_codes import cache_codes
+from data.crops import CroppedPictures
+from data.order import count_steps, create_dataloader
+from drawing.models import DTYPES
+from training import optimization
+from training.arguments import add_training_arguments, check_training_arguments, list_flags, training_configuration
+from training.checkpoints import Checkpoints
+from training.hub_upload import push_to_hub, save_model_card
+from training.optimization import StepValues, create_lr_scheduler, create_optimizer
+from training.randomness import random_generator
+from training.reports import StepTimer, image_grid, log_image
 
 logger = get_logger(__name__)
 Transformer = BitDanceTransformer | BitDanceClassTransformer
@@ -43,7 +51,7 @@ Pipeline = BitDancePipeline | BitDanceClassPipeline
 
 def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of both scripts, beside those of every training script."""
-    training_utils.add_training_arguments(parser)
+    add_training_arguments(parser)
     model = parser.add_argument_group("model (a pipeline, or a config and the other components)")
     model.add_argument("--pretrained_model_name_or_path", help="a pipeline folder or repository to fine-tune")
     model.add_argument("--revision")
@@ -76,16 +84,16 @@ def check_transformer_arguments(args: argparse.Namespace, from_scratch: tuple[st
     Raises:
         ValueError: for a number out of range or arguments in conflict, naming them.
     """
-    training_utils.check_training_arguments(args)
+    check_training_arguments(args)
     missing = [name for name in from_scratch if getattr(args, name) is None]
     if args.pretrained_model_name_or_path is not None:
         if len(missing) < len(from_scratch):
-            given = training_utils.list_flags(name for name in from_scratch if name not in missing)
+            given = list_flags(name for name in from_scratch if name not in missing)
             raise ValueError(f"--pretrained_model_name_or_path holds all components; it excludes {given}.")
     elif missing:
         raise ValueError(
-            f"Give --pretrained_model_name_or_path, or all of {training_utils.list_flags(from_scratch)}; missing is "
-            f"{training_utils.list_flags(missing)}."
+            f"Give --pretrained_model_name_or_path, or all of {list_flags(from_scratch)}; missing is "
+            f"{list_flags(missing)}."
         )
     check_probability(args, "bit_flip_probability")
     for name in ("diff_batch_mul", "num_validation_images", "num_inference_steps"):
@@ -111,7 +119,7 @@ def check_probability(args: argparse.Namespace, name: str) -> None:
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """The accelerator of a run, with logging set up."""
-    accelerator = training_utils.create_accelerator(args)
+    accelerator = optimization.create_accelerator(args)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     if (args.use_ema or args.optimizer == "muon") and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("--use_ema and --optimizer muon do not go with FSDP, which leaves no process whole weights.")
@@ -132,7 +140,7 @@ def new_transformer(args: argparse.Namespace, transformer_class: type[Transforme
     except (OSError, ValueError) as error:
         raise ValueError(f"--transformer_config {args.transformer_config} cannot be read: {error}") from error
     transformer = transformer_class.from_config(config)
-    initialize_weights(transformer, training_utils.random_generator(args.seed))
+    initialize_weights(transformer, random_generator(args.seed))
     return transformer
 
 
@@ -149,13 +157,13 @@ def register_defaults(pipeline: Pipeline, **defaults: Any) -> None:
 def create_optimizers(args: argparse.Namespace, transformer: Transformer) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices and AdamW for the rest."""
     if args.optimizer == "adamw":
-        return [training_utils.create_optimizer(args, parameter_groups(transformer, args.adam_weight_decay))]
+        return [create_optimizer(args, parameter_groups(transformer, args.adam_weight_decay))]
     matrices = hidden_matrices(transformer)
     rest = parameter_groups(transformer, args.adam_weight_decay, excluded=matrices)
     muon = torch.optim.Muon(
         matrices, lr=args.learning_rate, weight_decay=args.adam_weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    return [training_utils.create_optimizer(args, rest), muon]
+    return [create_optimizer(args, rest), muon]
 
 
 # The run
@@ -201,10 +209,10 @@ class TransformerTraining:
         transformer, self.vae = pipeline.transformer, pipeline.vae
         # What Diffusers keeps of fields that a config leaves out has another order in every process
         config = {name: value for name, value in transformer.config.items() if name != "_use_default_values"}
-        configuration = training_utils.training_configuration(
+        configuration = training_configuration(
             args, accelerator.num_processes, transformer=config, num_pictures=len(pictures)
         )
-        self.first_step = 0 if checkpoint is None else training_utils.Checkpoints.check(checkpoint, configuration)
+        self.first_step = 0 if checkpoint is None else Checkpoints.check(checkpoint, configuration)
         self.step = self.first_step
 
         # 1. Model and optimizer
@@ -217,12 +225,12 @@ class TransformerTraining:
             transformer.compile_repeated_blocks(fullgraph=True)
         self.vae.eval().requires_grad_(False).to(accelerator.device)
         self.ema = EMAModel(transformer.parameters(), args.ema_decay, foreach=True) if args.use_ema else None
-        self.num_steps = training_utils.count_steps(args, len(pictures), accelerator.num_processes)
+        self.num_steps = count_steps(args, len(pictures), accelerator.num_processes)
         self.transformer, *self.optimizers = accelerator.prepare(transformer, *create_optimizers(args, transformer))
-        self.lr_scheduler = training_utils.create_lr_scheduler(args, self.optimizers[0].optimizer, self.num_steps)
+        self.lr_scheduler = create_lr_scheduler(args, self.optimizers[0].optimizer, self.num_steps)
         if self.ema is not None:
             self.ema.to(accelerator.device)
-        self.checkpoints = training_utils.Checkpoints(
+        self.checkpoints = Checkpoints(
             accelerator, args.output_dir, configuration, self.lr_scheduler, self.ema, args.checkpoints_total_limit
         )
         if checkpoint is not None:
@@ -231,13 +239,11 @@ class TransformerTraining:
             accelerator.init_trackers(name, config={name: str(value) for name, value in vars(args).items()})
 
         # 2. Pictures, or their codes
-        dataset = training_utils.CroppedPictures(
-            pictures, args.resolution, args.center_crop, args.random_flip, args.seed
-        )
+        dataset = CroppedPictures(pictures, args.resolution, args.center_crop, args.random_flip, args.seed)
         if args.cache_codes is not None:
             folder = args.output_dir / "codes" if args.cache_codes is True else Path(args.cache_codes)
             dataset = cache_codes(folder, dataset, self.vae, accelerator, args.dataloader_num_workers, target)
-        self.dataloader = training_utils.create_dataloader(args, dataset, accelerator, self.first_step, collate)
+        self.dataloader = create_dataloader(args, dataset, accelerator, self.first_step, collate)
 
         # 3. Reports
         num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
@@ -246,9 +252,9 @@ class TransformerTraining:
         self.progress = tqdm(
             total=self.num_steps, initial=self.first_step, disable=not accelerator.is_local_main_process
         )
-        self.timer = training_utils.StepTimer()
+        self.timer = StepTimer()
         self.losses: list[dict[str, torch.Tensor]] = []  # of the step's batches so far
-        self.unread: training_utils.StepValues | None = None  # of the last step
+        self.unread: StepValues | None = None  # of the last step
 
     def batches(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, RandomDraws]]:
         """
@@ -261,7 +267,7 @@ class TransformerTraining:
         while self.step < self.num_steps:
             number, batch = next(batches)
             batch = send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type == "cuda")
-            generator = training_utils.random_generator(args.seed, number, device=accelerator.device)
+            generator = random_generator(args.seed, number, device=accelerator.device)
             draws = RandomDraws(generator, accelerator.process_index, accelerator.num_processes)
             if args.cache_codes is not None:
                 code = self.vae.unpack(batch["packed_code"])
@@ -307,7 +313,7 @@ class TransformerTraining:
         }
         if accelerator.mixed_precision != "fp16":  # whose gradient scaler skips such a step by itself
             values["gradient_norm"] = norm
-        self.unread = training_utils.StepValues(accelerator, self.step, values)
+        self.unread = StepValues(accelerator, self.step, values)
         self.losses = []
         self.timer.lap("optimizer")
         if self.step % args.checkpointing_steps == 0:
@@ -359,11 +365,11 @@ class TransformerTraining:
         self.pipeline.set_progress_bar_config(disable=True)
         per_row = self.args.num_validation_images
         number = self.num_validation_rows * per_row
-        generators = [training_utils.random_generator(self.args.seed, i) for i in range(number)]
+        generators = [random_generator(self.args.seed, i) for i in range(number)]
         images = self.pipeline(**self.validation, generator=generators, output_type="pt").images
         self.pipeline.transformer = training
-        grid = training_utils.image_grid(list((images.unflatten(0, (-1, per_row)) * 2 - 1).unbind(1)))
-        training_utils.log_image(self.accelerator, "validation", grid, self.step, self.args.output_dir)
+        grid = image_grid(list((images.unflatten(0, (-1, per_row)) * 2 - 1).unbind(1)))
+        log_image(self.accelerator, "validation", grid, self.step, self.args.output_dir)
 
     def finish(self, description: str, tags: list[str]) -> None:
         """Save the trained pipeline with a model card, draw the last validation pictures, and upload if asked to."""
@@ -373,11 +379,11 @@ class TransformerTraining:
         trained = self.trained_transformer()
         if self.accelerator.is_main_process:
             save_pipeline(args.output_dir, self.pipeline, trained)
-            training_utils.save_model_card(args.output_dir, description, args.pretrained_model_name_or_path, tags)
+            save_model_card(args.output_dir, description, args.pretrained_model_name_or_path, tags)
             if self.validation is not None:
                 self.validate(trained)
             if args.push_to_hub:
-                training_utils.push_to_hub(args)
+                push_to_hub(args)
             if self.step > self.first_step:
                 shares = self.timer.shares("data", "forward_backward", "optimizer")
                 logger.info("Time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))

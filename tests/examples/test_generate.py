@@ -2,9 +2,12 @@ import shutil
 
 import numpy as np
 import pytest
-from generate import SHIPPED_PROMPTS, find_device, main, make_grid, save
-from icons import IconWorld
 from PIL import Image
+
+from drawing.models import find_device
+from drawing.pictures import make_grid
+from generate import SHIPPED_PROMPTS, main, save
+from icon_world.world import IconWorld
 
 SMALL = ["--height", "32", "--width", "48", "--num_inference_steps", "2"]
 

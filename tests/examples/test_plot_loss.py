@@ -1,8 +1,9 @@
 import numpy as np
-import plot_loss
 import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+
+import plot_loss
 
 
 def write_log(folder, values, first_step=1):

@@ -9,8 +9,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from sample_class import main, make_labels
-from training_utils import random_generator
 
 from bitdance_diffusers import (
     BinaryDiffusionScheduler,
@@ -18,6 +16,8 @@ from bitdance_diffusers import (
     BitDanceClassTransformer,
     BitDanceTokenizer,
 )
+from sample_class import main, make_labels
+from training.randomness import random_generator
 
 ROOT = Path(__file__).parents[2]
 NUM_CLASSES, NUM_IMAGES = 5, 58
@@ -28,14 +28,15 @@ NUM_CLASSES, NUM_IMAGES = 5, 58
 DRIVER = """
 import io, json, multiprocessing, os, random, signal, socket, sys
 from pathlib import Path
-import image_sets, sample_class
+import sample_class
+from scores import picture_sets
 from PIL import Image
 
 def end():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def break_off(kill):
-    save, read_image, num_read = Image.Image.save, image_sets.read_image, 0
+    save, read_image, num_read = Image.Image.save, picture_sets.read_image, 0
     def save_half(self, path):
         picture = io.BytesIO()
         save(self, picture, "png")
@@ -50,7 +51,7 @@ def break_off(kill):
     if kill == "picture":
         Image.Image.save = save_half
     if kill == "npz":
-        image_sets.read_image = read_a_few
+        picture_sets.read_image = read_a_few
 
 def work(arguments, rank, num_processes, port, kill):
     if num_processes > 1:

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-import train_class
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_class
 from bitdance_diffusers import BitDanceClassPipeline, BitDanceClassTransformer
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws, class_to_image_loss

@@ -6,16 +6,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-import train_t2i
-from cached_codes import describe_pictures
-from icons import IconDataset, IconWorld
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_t2i
 from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.prompt import picture_start_ids
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws, text_to_image_loss
+from data.cached_codes import describe_pictures
+from icon_world.dataset import IconDataset
+from icon_world.world import IconWorld
 from tests.examples.training_runs import (
     ENVIRONMENT,
     assert_equal_checkpoints,

@@ -6,11 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-import train_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_tokenizer
 from bitdance_diffusers import BitDanceTokenizer
+from data.crops import to_pixel_values
 from tests.examples.training_runs import (
     ENVIRONMENT,
     assert_equal_checkpoints,
@@ -112,7 +113,7 @@ def test_trains_and_leaves_a_tokenizer(workplace):
     )  # fmt: skip
     tokenizer = BitDanceTokenizer.from_pretrained(folder).eval()
     pictures = [Image.open(path).resize((30, 24)).crop((3, 0, 27, 24)) for path in sorted(workplace.glob("*/*.png"))]
-    values = torch.stack([train_tokenizer.training_utils.to_pixel_values(picture) for picture in pictures[:8]])
+    values = torch.stack([to_pixel_values(picture) for picture in pictures[:8]])
     with torch.no_grad():
         decoded = tokenizer(values).sample
     assert (decoded - values).square().mean() < 0.6 * values.var()

@@ -15,13 +15,14 @@ def killed_in_a_checkpoint(script):
     """A program that runs a training script and ends without notice while checkpoint-4 is on its way to the disk."""
     return f"""
 import os, signal, sys
-import {script}, training_utils
-flush = training_utils._flush
+import {script}
+from training import checkpoints
+flush = checkpoints.flush
 def killed(path):
     if ".checkpoint-4.partial" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     flush(path)
-training_utils._flush = killed
+checkpoints.flush = killed
 {script}.main({script}.parse_args(sys.argv[1:]))
 """
 
@@ -30,27 +31,20 @@ def recorded(script):
     """A program that writes the first step's gradients and the losses of all to a file of its own process."""
     return f"""
 import sys, torch
-import {script}, training_utils
+import {script}
 from accelerate import Accelerator, PartialState
+from training import optimization
 record = {{"losses": []}}
-check_finite = training_utils.check_finite
-def recorded(accelerator, name, value, step):
-    mean = check_finite(accelerator, name, value, step)
-    if name == "loss":
-        record["losses"].append(mean)
-    return mean
-read = training_utils.StepValues.read
+read, clip = optimization.StepValues.read, Accelerator.clip_grad_norm_
 def recorded_read(self):
     values = read(self)
     record["losses"].append(values["loss"])
     return values
-clip = Accelerator.clip_grad_norm_
 def recorded_clip(self, parameters, max_norm):
     parameters = list(parameters)
     record.setdefault("gradients", [p.grad.clone() for p in parameters])
     return clip(self, parameters, max_norm)
-training_utils.check_finite, training_utils.StepValues.read = recorded, recorded_read
-Accelerator.clip_grad_norm_ = recorded_clip
+optimization.StepValues.read, Accelerator.clip_grad_norm_ = recorded_read, recorded_clip
 {script}.main({script}.parse_args(sys.argv[2:]))
 torch.save(record, f"{{sys.argv[1]}}-{{PartialState().process_index}}")
 """

@@ -1,9 +1,10 @@
 import pytest
-from icons import IconWorld
-from make_icon_tokenizer import build_icon_tokenizer, main
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bitdance_diffusers.prompt import picture_start_ids, prompt_ids
+from icon_world.text_tokenizer import build_icon_tokenizer
+from icon_world.world import IconWorld
+from make_icon_tokenizer import main
 
 
 @pytest.fixture(scope="module")

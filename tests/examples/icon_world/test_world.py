@@ -6,18 +6,13 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
-from icons import (
-    CATEGORIES,
-    DrawnIcon,
-    IconDataset,
-    IconWorld,
-    find_difference,
-    find_font,
-    main,
-    relation_holds,
-)
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
+
+from icon_world.artwork import find_font
+from icon_world.dataset import IconDataset
+from icon_world.world import CATEGORIES, DrawnIcon, IconWorld, find_difference, relation_holds
+from icons import main
 
 
 @pytest.fixture(scope="module")

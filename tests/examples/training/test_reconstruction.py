@@ -1,8 +1,9 @@
 import sys
 
 import pytest
-import reconstruction
 import torch
+
+from training import reconstruction
 
 
 def test_psnr_of_a_known_error():
