@@ -287,7 +287,7 @@ class TransformerTraining:
                 written after such a step.
         """
         args, accelerator = self.args, self.accelerator
-        self.losses.append({"loss": loss, **(more_logs or {})})
+        self.losses.append({name: value.detach() for name, value in {"loss": loss, **(more_logs or {})}.items()})
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             norm = accelerator.clip_grad_norm_(self.transformer.parameters(), args.max_grad_norm)
@@ -308,9 +308,7 @@ class TransformerTraining:
         if self.ema is not None:
             self.ema.step(self.transformer.parameters())
         self.step += 1
-        values = {
-            name: torch.stack([losses[name].detach() for losses in self.losses]).mean() for name in self.losses[0]
-        }
+        values = {name: torch.stack([losses[name] for losses in self.losses]).mean() for name in self.losses[0]}
         if accelerator.mixed_precision != "fp16":  # whose gradient scaler skips such a step by itself
             values["gradient_norm"] = norm
         self.unread = StepValues(accelerator, self.step, values)
