@@ -137,7 +137,7 @@ def evaluate_icon_edits(args: argparse.Namespace) -> None:
         strength = inspect.signature(pipe.__call__).parameters["strength"].default
     settings = {"model": args.model, "kind": args.kind, "strength": strength, "seed": args.seed}
     if masked:
-        settings |= {"num_candidates": args.num_candidates, "num_passes": args.num_passes}
+        settings["num_candidates"] = args.num_candidates
 
     rated, num_kept = [], 0
     for start in tqdm(range(0, len(edits), args.batch_size), unit="batch"):
@@ -152,8 +152,7 @@ def evaluate_icon_edits(args: argparse.Namespace) -> None:
             "output_type": "latent",
         }
         if masked:
-            look_ahead = {"num_candidates": args.num_candidates, "num_passes": args.num_passes}
-            code = pipe(mask_image=masks, **call, **look_ahead).images
+            code = pipe(mask_image=masks, num_candidates=args.num_candidates, **call).images
             source_code = pipe.prepare_generation(prompts, sources, masks).code
             num_kept += int(((code == source_code) | (source_code == 0)).all(dim=(1, 2, 3)).sum())
             images = pipe.decode_onto_source(code, sources, masks)
@@ -361,7 +360,6 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--num_edits", type=int, default=200)
     command.add_argument("--strength", type=float, help="the pipeline's own default where it is not given")
     command.add_argument("--num_candidates", type=int, default=1, help="of which the best is kept; not for recolor")
-    command.add_argument("--num_passes", type=int, default=0, help="over the masked patches; not for recolor")
     command.add_argument("--batch_size", type=int, default=20)
     command.add_argument("--seed", type=int, default=0, help="of the edits and of the first picture")
     command.add_argument("--json", type=Path, help="a file for the scores and every picture's prompt, seed and fault")

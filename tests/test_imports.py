@@ -71,6 +71,8 @@ def test_public_names():
         "BinaryDiffusionScheduler",
         "BitDanceClassPipeline",
         "BitDanceClassTransformer",
+        "BitDanceImg2ImgPipeline",
+        "BitDanceInpaintPipeline",
         "BitDancePipeline",
         "BitDancePipelineOutput",
         "BitDanceTokenizer",
