@@ -5,10 +5,11 @@
     python benchmarks/bench_solvers.py --variants exponential_2m:20 exponential_2m:20:early_stop_threshold=0.95 \
         exponential_2m:20:guidance_interval=0,0.7
 
-Every variant draws the same held-out prompts from the same seeds; `rows` are the rows that the head evaluated for a
-picture and patch, two in a guided evaluation (an early stop saves more in smaller batches). The score is that of
-`examples/evaluate.py icons`, the mean over its six categories; the difference from the first variant has a 95 %
-interval by resampling prompts within their categories (bootstrap), which keeps the two pictures of a prompt together.
+Every variant draws the same prompts from the same seeds, training prompts (`evaluate.py icons --split validation`), as
+this is where a default is chosen. `rows` are the rows that the head evaluated for a picture and patch, two in a guided
+evaluation (an early stop saves more in smaller batches). The score is that of `examples/evaluate.py icons`, the mean
+over its six categories; the difference from the first variant has a 95 % interval by resampling prompts within their
+categories (bootstrap), which keeps the two pictures of a prompt together.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 from drawing.models import add_model_arguments, load_pipeline  # noqa: E402
-from icon_world.held_out_score import rate_pictures, sample_held_out  # noqa: E402
+from icon_world.held_out_score import rate_pictures, sample_prompts  # noqa: E402
 from icon_world.world import CATEGORIES, IconWorld  # noqa: E402
 
 VARIANTS = ["euler_maruyama:51"] + [f"exponential_2m:{number}" for number in (8, 12, 16, 20, 30, 51)]
@@ -118,7 +119,7 @@ def main() -> None:
     world = IconWorld()
     pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     pipe.set_progress_bar_config(disable=True)
-    prompts = sample_held_out(world, args.pictures_per_category, args.seed)
+    prompts = sample_prompts(world.validation_prompts, args.pictures_per_category, args.seed)
     categories = np.array([world.parse(prompt).category for prompt in prompts])
     members = [np.flatnonzero(categories == category) for category in CATEGORIES]
 

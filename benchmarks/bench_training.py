@@ -11,7 +11,8 @@ Pictures a second are those of the steps after the first --warmup_steps, from th
 of data, forward and backward, and optimizer are its last line, over all steps. `roofline` is the least time of the
 operations, a backward pass being two forward ones, at the peak of all processes' threads in the products' dtype.
 
-`waits` is how often an optimizer step waits for the device (`host_waits.py`); on a CPU it says how often one would.
+`waits` is how often an optimizer step waits for the device (`host_waits.py`); on a CPU it says how often one would. A
+lap ends where the host does: on CUDA forward and backward end with the wait, which includes the last optimizer's work.
 """
 
 import argparse

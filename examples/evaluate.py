@@ -38,7 +38,7 @@ from data.whole_files import write_json
 from drawing.models import DTYPES, SHIPPED_MODEL, add_model_arguments, find_device, load_pipeline
 from drawing.pictures import save_image
 from icon_world.editing import EDITS, make_edits, show_edit
-from icon_world.held_out_score import Rated, rate_pictures, report, sample_held_out
+from icon_world.held_out_score import Rated, rate_pictures, report, sample_prompts
 from icon_world.new_shape import NEW_SHAPES, NewShapeWorld
 from icon_world.world import CATEGORIES, IconWorld
 from mnist_digits.classifier import classify, train_classifier
@@ -49,13 +49,14 @@ from scores.shares import Score, print_scores, wilson_score
 
 
 def evaluate_icons(args: argparse.Namespace) -> None:
-    """Score a text-to-image pipeline on held-out prompts.
+    """Score a text-to-image pipeline on held-out prompts, or on those that its settings are chosen on.
 
     Raises:
         ValueError: for a model that does not load, or settings that it refuses.
     """
     world = IconWorld() if args.new_shape is None else NewShapeWorld(args.new_shape)
-    prompts = sample_held_out(world, args.pictures_per_category, args.seed)
+    split = world.validation_prompts if args.split == "validation" else world.held_out_prompts
+    prompts = sample_prompts(split, args.pictures_per_category, args.seed)
     prompts = [prompt for prompt in prompts if world.parse(prompt).category in args.categories]
     pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     pipe.set_progress_bar_config(disable=True)
@@ -65,6 +66,7 @@ def evaluate_icons(args: argparse.Namespace) -> None:
         "model": args.model,
         "lora": args.lora,
         "new_shape": args.new_shape,
+        "split": args.split,
         "num_inference_steps": pipe.config.default_num_inference_steps if steps is None else steps,
         "guidance_scale": pipe.config.default_guidance_scale if guidance is None else guidance,
         "dtype": str(pipe.dtype),
@@ -95,7 +97,7 @@ def evaluate_icons_tokenizer(args: argparse.Namespace) -> None:
         ValueError: for a tokenizer that does not load, or a stride that does not divide the pictures.
     """
     world = IconWorld()
-    prompts = sample_held_out(world, args.pictures_per_category, args.seed)
+    prompts = sample_prompts(world.held_out_prompts, args.pictures_per_category, args.seed)
     device = find_device(args.device)
     folder = args.vae / "vae" if (args.vae / "model_index.json").is_file() else args.vae
     if not (folder / "config.json").is_file():
@@ -139,7 +141,7 @@ def evaluate_icon_edits(args: argparse.Namespace) -> None:
         strength = inspect.signature(pipe.__call__).parameters["strength"].default
     settings = {"model": args.model, "kind": args.kind, "strength": strength, "seed": args.seed}
     if masked:
-        settings |= {"num_candidates": args.num_candidates, "num_passes": args.num_passes}
+        settings["num_candidates"] = args.num_candidates
 
     rated, num_kept = [], 0
     for start in tqdm(range(0, len(edits), args.batch_size), unit="batch"):
@@ -154,8 +156,7 @@ def evaluate_icon_edits(args: argparse.Namespace) -> None:
             "output_type": "latent",
         }
         if masked:
-            look_ahead = {"num_candidates": args.num_candidates, "num_passes": args.num_passes}
-            code = pipe(mask_image=masks, **call, **look_ahead).images
+            code = pipe(mask_image=masks, num_candidates=args.num_candidates, **call).images
             source_code = pipe.prepare_generation(prompts, sources, masks).code
             num_kept += int(((code == source_code) | (source_code == 0)).all(dim=(1, 2, 3)).sum())
             images = pipe.decode_onto_source(code, sources, masks)
@@ -341,6 +342,10 @@ def main(arguments: list[str] | None = None) -> None:
     add_model_arguments(command)
     command.add_argument("--num_inference_steps", type=int, help="the model's own default where it is not given")
     command.add_argument("--guidance_scale", type=float, help="the model's own default where it is not given")
+    command.add_argument(
+        "--split", choices=["held_out", "validation"], default="held_out",
+        help="validation: a fifth of the training prompts, to choose guidance, steps or a solver on",
+    )  # fmt: skip
     command.add_argument("--new_shape", choices=NEW_SHAPES, help="only prompts that name this shape, which is new")
     command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=CATEGORIES, metavar="CATEGORY")
     command.add_argument(
@@ -364,7 +369,6 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--num_edits", type=int, default=200)
     command.add_argument("--strength", type=float, help="the pipeline's own default where it is not given")
     command.add_argument("--num_candidates", type=int, default=1, help="of which the best is kept; not for recolor")
-    command.add_argument("--num_passes", type=int, default=0, help="over the masked patches; not for recolor")
     command.add_argument("--batch_size", type=int, default=20)
     command.add_argument("--seed", type=int, default=0, help="of the edits and of the first picture")
     command.add_argument("--json", type=Path, help="a file for the scores and every picture's prompt, seed and fault")

@@ -18,6 +18,7 @@ from data.hub_dataset import HubDataset
 from icon_world.dataset import IconDataset
 
 ENCODE_PIXELS = 2**21  # of a batch: 512 pictures of 64 x 64, 8 of 512 x 512
+NUM_DESCRIBED_ICONS = 1000
 TARGET_FILES = {"text": "captions.json", "label": "labels.json"}
 
 
@@ -66,7 +67,11 @@ def describe_pictures(dataset: Dataset) -> Any:
     if isinstance(dataset, HubDataset):
         return [dataset.rows._fingerprint, dataset.image_column, dataset.target_column, dataset.background]
     if isinstance(dataset, IconDataset):
-        return [dataset.num_pictures, dataset.seed, dict(dataset.category_weights or {}), dataset.smaller_share]
+        # Which prompts are trained on is code, not an argument: the first pictures stand for it
+        first = [dataset[index] for index in range(min(len(dataset), NUM_DESCRIBED_ICONS))]
+        digest = hashlib.sha256(b"".join(item["text"].encode() + item["image"].tobytes() for item in first))
+        weights = dict(dataset.category_weights or {})
+        return [dataset.num_pictures, dataset.seed, weights, dataset.smaller_share, digest.hexdigest()]
     raise TypeError(f"`dataset` is {type(dataset).__name__}; codes cannot be kept for it.")
 
 

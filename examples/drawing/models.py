@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from bitdance_diffusers import BitDancePipeline
@@ -51,7 +52,7 @@ def load_pipeline(
     if lora is not None:
         try:
             pipe.load_lora_weights(lora)
-        except OSError as error:
+        except (OSError, HFValidationError) as error:  # a folder or a repository that is not there
             raise ValueError(f"`lora` cannot be loaded: {error}") from error
     return pipe
 

@@ -1,8 +1,8 @@
-"""How many pictures of the icon world's held-out prompts are right, by category."""
+"""How many pictures of the icon world's prompts are right, by category."""
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.whole_files import write_json
 from drawing.pictures import make_grid, save_image
-from icon_world.world import CATEGORIES, IconWorld
+from icon_world.world import CATEGORIES, IconPrompt, IconWorld
 from scores.shares import Score, mean_score, print_scores, wilson_score
 
 
@@ -26,9 +26,14 @@ class Rated:
     reason: str
 
 
-def sample_held_out(world: IconWorld, pictures_per_category: int, seed: int) -> list[str]:
-    """The prompts to score: so many held-out ones of each category, or where there are fewer all of them, each so
-    often as it takes to get there.
+def sample_prompts(prompts: Mapping[str, list[IconPrompt]], pictures_per_category: int, seed: int) -> list[str]:
+    """The prompts to score: so many of each category, or where there are fewer all of them, each so often as it takes
+    to get there.
+
+    Args:
+        prompts: by category, such as `IconWorld.held_out_prompts`.
+        pictures_per_category: at least so many are drawn of each.
+        seed: of the choice.
 
     Raises:
         ValueError: if `pictures_per_category` is under 1.
@@ -38,7 +43,7 @@ def sample_held_out(world: IconWorld, pictures_per_category: int, seed: int) -> 
     rng = np.random.default_rng(seed)
     sampled = []
     for category in CATEGORIES:
-        texts = [prompt.text for prompt in world.held_out_prompts[category]]
+        texts = [prompt.text for prompt in prompts[category]]
         if pictures_per_category <= len(texts):
             sampled += [texts[index] for index in rng.choice(len(texts), pictures_per_category, replace=False)]
         else:

@@ -36,7 +36,6 @@ class NewShapeWorld(IconWorld):
         return {
             category: [p for p in prompts if p not in untrained[category]]
             for category, prompts in self.prompts_of_shape.items()
-            if category != "single_object"
         }
 
     @cached_property

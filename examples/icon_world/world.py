@@ -11,7 +11,8 @@ without a judge. The six categories are those of GenEval (Ghosh et al., 2023, ar
     color_attr      a red star and a blue car
 
 What a prompt does not name is drawn at random. A fifth of the prompts of every category but the first is held out of
-training (`is_held_out`). Training may draw prompts of one more kind, which nothing is scored on (`IconWorld.mix`):
+training (`is_held_out`). Training may draw prompts of one more kind, which nothing is scored on and no part of which
+is held out (`IconWorld.mix`):
 
     mixed           two red stars and a car and a blue key
 
@@ -24,7 +25,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ from icon_world.recognition import FoundIcon, IconFinder
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 MIXED = "mixed"
 TRAINING_CATEGORIES = (*CATEGORIES, MIXED)
+NUM_FOLDS = 5  # every prompt is in one of so many folds
+HELD_OUT_FOLD, VALIDATION_FOLD = 0, 1
 MIXED_COUNTS = ((1, 1, 1), (1, 2), (1, 1, 1, 1), (1, 1, 2), (2, 2), (1, 3))  # icons of each shape
 MIXED_COLOR_SHARE = 0.75  # of the shapes in a mixed prompt have their color named
 
@@ -130,6 +133,15 @@ class IconWorld:
             for category, prompts in self.prompts.items()
         }
 
+    @cached_property
+    def validation_prompts(self) -> dict[str, list[IconPrompt]]:
+        """The prompts that settings are chosen on, by category: a fifth of all, and all of `single_object`. Every one
+        of them is a training prompt."""
+        return {
+            category: [p for p in prompts if category == "single_object" or fold(p.text) == VALIDATION_FOLD]
+            for category, prompts in self.training_prompts.items()
+        }
+
     def parse(self, prompt: str) -> IconPrompt:
         """Take a prompt apart.
 
@@ -150,7 +162,7 @@ class IconWorld:
         """
         if self.parse(prompt).category == "single_object":
             return False
-        return zlib.crc32(" ".join(sorted(prompt.split())).encode()) % 5 == 0
+        return fold(prompt) == HELD_OUT_FOLD
 
     def sample_prompt(
         self, rng: np.random.Generator, category_weights: Mapping[str, float] | None = None
@@ -176,18 +188,60 @@ class IconWorld:
     def mix(self, rng: np.random.Generator) -> IconPrompt:
         """Draw a prompt for three or four icons of at least two shapes, some with their color.
 
-        No picture of it shows what a prompt of the categories asks for, held out or not: only `counting` has three
-        icons or more, and they are of one shape.
+        No part of it is held out: no shape with its number or its color, and no pair of shapes, with or without their
+        colors. First the numbers are drawn, and whose color is named; then the shapes and colors, one after the other,
+        each evenly among those that are left.
         """
         counts = rng.permutation(MIXED_COUNTS[rng.integers(len(MIXED_COUNTS))]).tolist()
-        shapes = rng.choice(list(self.shapes), len(counts), replace=False).tolist()
-        colors = [
-            str(rng.choice(list(self.colors))) if rng.random() < MIXED_COLOR_SHARE else None
-            for _ in range(len(counts))
-        ]
-        groups = list(zip(shapes, colors, counts, strict=True))
+        named = (rng.random(len(counts)) < MIXED_COLOR_SHARE).tolist()
+        while True:
+            left = np.ones(len(self._looks), dtype=bool)
+            looks = []
+            for count, is_named in zip(counts, named, strict=True):
+                possible = np.flatnonzero(left & self._may_be_mixed[count, is_named])
+                if not len(possible):
+                    break
+                looks.append(possible[rng.integers(len(possible))])
+                left &= self._may_be_beside[looks[-1]]
+            else:
+                break
+        groups = [(*self._looks[look], count) for look, count in zip(looks, counts, strict=True)]
         icons = tuple((shape, color) for shape, color, count in groups for _ in range(count))
         return IconPrompt(" and ".join(self._phrase(*group) for group in groups), MIXED, icons)
+
+    @cached_property
+    def _looks(self) -> list[tuple[str, str | None]]:
+        """What an icon of a mixed prompt can look like: (shape, color or None)."""
+        return list(product(self.shapes, (None, *self.colors)))
+
+    @cached_property
+    def _may_be_mixed(self) -> dict[tuple[int, bool], np.ndarray]:
+        """bool (looks,), by number and whether the color is named: which of them are of that kind, with neither the
+        number nor the color held out."""
+        may = {}
+        for count, is_named in product((1, *self.counts), (False, True)):
+            may[count, is_named] = np.array(
+                [
+                    (color is not None) == is_named
+                    and not self._any_held_out(self._phrase(shape, color), self._phrase(shape, None, count))
+                    for shape, color in self._looks
+                ]
+            )
+        return may
+
+    @cached_property
+    def _may_be_beside(self) -> np.ndarray:
+        """bool (looks, looks): which two may stand in one mixed prompt, as neither their pair nor that without the
+        colors is held out."""
+        may = np.zeros((len(self._looks),) * 2, dtype=bool)
+        for (i, first), (j, second) in permutations(enumerate(self._looks), 2):
+            if first[0] != second[0]:
+                pairs = ((first, second), (first[:1], second[:1]))
+                may[i, j] = not self._any_held_out(*(" and ".join(self._phrase(*x) for x in pair) for pair in pairs))
+        return may
+
+    def _any_held_out(self, *texts: str) -> bool:
+        return any(text in self._prompts_by_text and self.is_held_out(text) for text in texts)
 
     @cached_property
     def _prompts_by_text(self) -> dict[str, IconPrompt]:
@@ -346,6 +400,11 @@ class IconWorld:
     @cached_property
     def _finder(self) -> IconFinder:
         return IconFinder(self.canvas, self.background, self.colors, self._masks)
+
+
+def fold(prompt: str) -> int:
+    """Which of `NUM_FOLDS` parts of all prompts this one is in. Prompts with the same words are in the same."""
+    return zlib.crc32(" ".join(sorted(prompt.split())).encode()) % NUM_FOLDS
 
 
 def category_probabilities(category_weights: Mapping[str, float] | None) -> np.ndarray:

@@ -153,8 +153,10 @@ class Checkpoints:
         except Exception as error:  # torch and safetensors raise errors of their own for a full disk
             shutil.rmtree(partial, ignore_errors=True)
             earlier = list_checkpoints(self.output_dir)
+            free = shutil.disk_usage(self.output_dir).free
             raise OSError(
                 f"The checkpoint of step {step} could not be written to {self.output_dir}: {error}. "
+                f"{free / 1e6:.0f} MB are free there. "
                 + (f"The newest whole one is {earlier[-1]}." if earlier else "There is no earlier one.")
             ) from error
         if self.accelerator.is_main_process:

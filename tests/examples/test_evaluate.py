@@ -17,7 +17,7 @@ def world() -> IconWorld:
 
 
 @pytest.mark.parametrize("guidance", [[], ["--guidance_scale", "2"]])
-def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, capsys, guidance):
+def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, capsys, world, guidance):
     arguments = ["icons", "--model", str(t2i_pipeline_path), "--pictures_per_category", "1", "--seed", "4"]
     arguments += ["--num_inference_steps", "1", "--batch_size", "4", *guidance]
     main([*arguments, "--json", str(tmp_path / "scores.json"), "--grid", str(tmp_path / "grid.png")])
@@ -32,6 +32,7 @@ def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, caps
     assert list(result["scores"]) == [*CATEGORIES, "mean"]
     pictures = result["pictures"]
     assert [picture["seed"] for picture in pictures] == [4, 5, 6, 7, 8, 9]
+    assert all(world.is_held_out(picture["prompt"]) for picture in pictures[1:])
 
     pipe = t2i_pipeline()
     pipe.vae.enable_slicing()
@@ -46,6 +47,16 @@ def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, caps
     captions = [f"WRONG, {picture['reason']}: {picture['prompt']}" for picture in pictures]
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.tobytes() == make_grid(images, captions).tobytes()
+
+
+def test_icons_scores_a_pipeline_on_training_prompts_to_choose_settings_on(t2i_pipeline_path, tmp_path, world):
+    arguments = ["icons", "--model", str(t2i_pipeline_path), "--pictures_per_category", "1", "--split", "validation"]
+    main([*arguments, "--num_inference_steps", "1", "--json", str(tmp_path / "scores.json")])
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["settings"]["split"] == "validation"
+    for picture in result["pictures"]:
+        prompt = world.parse(picture["prompt"])
+        assert prompt in world.validation_prompts[prompt.category] and not world.is_held_out(prompt.text)
 
 
 def test_icons_tokenizer_scores_reconstructions(t2i_pipeline, t2i_pipeline_path, world, tmp_path, capsys):

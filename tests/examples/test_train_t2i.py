@@ -11,6 +11,9 @@ from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.prompt import picture_start_ids
 from bitdance_diffusers.training.initialization import initialize_weights
 from bitdance_diffusers.training.objective import RandomDraws, text_to_image_loss
+from data.cached_codes import describe_pictures
+from icon_world.dataset import IconDataset
+from icon_world.world import IconWorld
 from tests.examples.training_runs import (
     assert_equal_checkpoints,
     assert_equal_states,
@@ -184,6 +187,14 @@ def test_bf16_mixed_precision(train):
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in mixed.values())
     assert not torch.equal(mixed["norm_out.weight"], exact["norm_out.weight"])
     torch.testing.assert_close(mixed["norm_out.weight"], exact["norm_out.weight"], atol=2e-2, rtol=0)
+
+
+def test_cached_icons_of_another_held_out_rule_are_refused(monkeypatch):
+    dataset = IconDataset(50, 0, {"mixed": 4})
+    described = describe_pictures(dataset)
+    assert describe_pictures(IconDataset(50, 0, {"mixed": 4})) == described
+    monkeypatch.setattr(IconWorld, "_any_held_out", lambda self, *texts: False)
+    assert describe_pictures(IconDataset(50, 0, {"mixed": 4})) != described
 
 
 def test_compiled_blocks_train_and_save_the_same(train, monkeypatch):

@@ -1,11 +1,14 @@
 """Components: compiled, absent, or of another family."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 
-from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
+from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline, BitDanceTokenizer
 
 CALLS = {
     BitDancePipeline: {"prompt": "a fox", "height": 8, "width": 8},
@@ -76,6 +79,12 @@ def test_without_a_vae_codes_have_the_size_that_was_asked_for(load):
     pipeline.transformer.register_forward_pre_hook(lambda *args: pytest.fail("a weight was touched"))
     with pytest.raises(ValueError, match="`output_type` is 'pil'; without a `vae` only 'latent' is allowed"):
         draw(pipeline, output_type="pil")
+
+
+def test_the_shipped_model_says_what_its_tokens_measure():
+    shipped = Path(__file__).parents[2] / "examples" / "pretrained" / "icons-64"
+    scale = json.loads((shipped / "model_index.json").read_text())["vae_scale_factor"]
+    assert scale == BitDanceTokenizer.from_pretrained(shipped / "vae").spatial_compression_ratio
 
 
 def test_pixels_have_no_meaning_where_no_scale_is_known(t2i_pipeline):

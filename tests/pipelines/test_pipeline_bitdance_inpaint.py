@@ -53,14 +53,14 @@ class TestEnds:
         torch.testing.assert_close(picture, pipeline.decode_latents(code, "pt", None))
 
     def test_looking_ahead_of_nothing(self, pipeline):
-        found = pipeline(PROMPTS, IMAGES, BLACK, num_candidates=2, num_passes=1, **QUICK).images
+        found = pipeline(PROMPTS, IMAGES, BLACK, num_candidates=2, **QUICK).images
         assert torch.equal(found, pipeline.encode_image(IMAGES))
 
 
 class TestWhatIsKept:
     MASKS = torch.stack([mask_of((0, 1), (3, 3)), mask_of((1, 2), (1, 3), (2, 0))])  # patches 0 and 3; 1 and 2
 
-    @pytest.mark.parametrize("look_ahead", [{}, {"num_candidates": 2}, {"num_passes": 1}])
+    @pytest.mark.parametrize("look_ahead", [{}, {"num_candidates": 2}])
     def test_every_bit_of_the_other_tokens(self, pipeline, look_ahead):
         generators = seeded(0, 1)
         found = pipeline(PROMPTS, IMAGES, self.MASKS, generator=generators, **look_ahead, **QUICK).images
@@ -72,7 +72,7 @@ class TestWhatIsKept:
 
     def test_pictures_do_not_depend_on_their_neighbours(self, pipeline):
         """Though other patches of theirs are masked."""
-        call = {**QUICK, "num_candidates": 2, "num_passes": 1}
+        call = {**QUICK, "num_candidates": 2}
         together = pipeline(PROMPTS, IMAGES, self.MASKS, generator=seeded(0, 1), **call).images
         for i in range(2):
             alone = pipeline(PROMPTS[i], IMAGES[i], self.MASKS[i], generator=seeded(i), **call).images
@@ -185,28 +185,16 @@ class TestLookAhead:
         ).images
         assert torch.equal(found[0], candidates[-1][0])
 
-    def test_passes_keep_what_is_behind_fits_better(self, pipeline):
-        """A pass over one masked patch is a choice between what was and what the pass drew."""
-        mask = mask_of((0, 1))
-        scores = []
-        for num_passes in range(4):
-            code = pipeline(
-                "a fox", IMAGES[:1], mask, num_passes=num_passes, num_candidates=3, generator=seeded(0), **QUICK
-            ).images
-            scores.append(self.score(pipeline, code)[:, 1:].sum().item())
-        assert scores[1] >= scores[0] - 1e-5 and scores[2] >= scores[1] and scores[3] >= scores[2]
-        assert scores[3] > scores[1]
-
     def test_an_interrupted_call_returns_a_picture_for_each_prompt(self, pipeline):
         def stop(pipe, step, timestep, kwargs):
             pipe._interrupt = True
 
-        code = self.draw(pipeline, num_candidates=3, num_passes=1, callback_on_step_end=stop)
+        code = self.draw(pipeline, num_candidates=3, callback_on_step_end=stop)
         assert code.shape == (1, 8, 4, 4)
         patches = grid_to_patches(code, 2)
         assert (patches[:, 0] != 0).all() and (patches[:, 1] == 0).any()
 
     def test_one_generator_for_the_batch(self, pipeline):
-        call = {**QUICK, "num_candidates": 2, "num_passes": 1}
+        call = {**QUICK, "num_candidates": 2}
         runs = [pipeline(PROMPTS, IMAGES, self.MASK, generator=seeded(0)[0], **call).images for _ in range(2)]
         assert torch.equal(*runs)

@@ -12,9 +12,8 @@ from icon_world.world import CATEGORIES, IconWorld
 def test_prompts_name_the_shape(shape):
     world, known = NewShapeWorld(shape), IconWorld()
     for category in CATEGORIES:
-        trained, held_out = (
-            {p.text for p in prompts[category]} for prompts in (world.training_prompts, world.held_out_prompts)
-        )
+        trained = {prompt.text for prompt in world.training_prompts[category]}
+        held_out = {prompt.text for prompt in world.held_out_prompts[category]}
         assert held_out and not trained & held_out
         assert bool(trained) == (category != "single_object")
         for text in trained | held_out:

@@ -2,6 +2,7 @@ import json
 import pickle
 import zlib
 from collections import Counter
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -102,6 +103,16 @@ def test_a_held_out_prompt_is_held_out_in_either_order(world):
         assert world.is_held_out(f"{second} and {first}")
 
 
+def test_settings_are_chosen_on_a_fifth_of_all_prompts_that_are_training_prompts(world):
+    for category, prompts in world.validation_prompts.items():
+        assert set(prompts) <= set(world.training_prompts[category])
+        assert (
+            len(prompts) == 10
+            if category == "single_object"
+            else 0.1 < len(prompts) / len(world.prompts[category]) < 0.3
+        )
+
+
 def test_sampling_follows_the_weights_and_never_meets_a_held_out_prompt(world):
     rng = np.random.default_rng(0)
     weights = {"counting": 3, "colors": 0}
@@ -140,6 +151,47 @@ def test_mixed_prompts_are_drawn_on_request_and_show_nothing_that_another_prompt
             )
         assert sorted(phrases) == sorted(prompt.text.split(" and "))
     assert {number for number, _ in seen} == {1, 2, 3} and min(seen.values()) > 10
+
+
+def parts(world: IconWorld, text: str) -> set[str]:
+    """What the phrases of a prompt say by themselves and two by two, with numbers and colors said or left out."""
+    singular = {plural: shape for shape, plural in world.shapes.items()}
+    phrases = []
+    for phrase in text.split(" and "):
+        number, *colors, shape = phrase.split()
+        shape = shape if number in ("a", "an") else singular[shape]
+        article = "an" if colors == ["orange"] else "a"
+        alone = {f"a {shape}"} | {f"{article} {color} {shape}" for color in colors}
+        phrases.append((alone, alone | {f"{number} {world.shapes[shape]}", f"{number} {shape}", phrase}))
+    pairs = {
+        f"{one} and {other}"
+        for (first, _), (second, _) in permutations(phrases, 2)
+        for one, other in product(first, second)
+    }
+    return pairs.union(*(texts for _, texts in phrases))
+
+
+def test_no_part_of_a_training_prompt_of_several_phrases_is_held_out(world):
+    """Of 100,000 drawn prompts: the prompt of a category is none that is held out, and of a mixed one no part is."""
+    assert parts(world, "two red stars and a car") >= {
+        "two stars",
+        "a red star",
+        "a star and a car",
+        "a red star and a car",
+    }
+    held_out = {p.text for c in CATEGORIES[1:] for p in world.held_out_prompts[c]}
+    rng = np.random.default_rng(0)
+    drawn = Counter(world.sample_prompt(rng, {"mixed": 14}) for _ in range(100_000))
+    assert 69_000 < sum(times for prompt, times in drawn.items() if prompt.category == "mixed") < 71_000
+    for prompt in drawn:
+        assert prompt.text not in held_out
+        if prompt.category == "mixed":
+            assert not parts(world, prompt.text) & held_out
+    # Nothing but that is left out
+    mixed_parts = set().union(*(parts(world, prompt.text) for prompt in drawn if prompt.category == "mixed"))
+    for category in ("colors", "two_object"):
+        assert {prompt.text for prompt in world.training_prompts[category]} <= mixed_parts
+    assert {p.text for p in world.training_prompts["counting"] if len(p.icons) < 4} <= mixed_parts
 
 
 @pytest.mark.parametrize(
