@@ -158,7 +158,8 @@ def find_prompts(args: argparse.Namespace, pipeline: Pipeline) -> TextPrompts | 
             raise ValueError(f"{list_flags(given)} are for a text-to-image pipeline, but this one draws classes.")
         return ClassLabels(pipeline)
     if args.icons:
-        from icon_world.world import IconWorld, parse_icon_weights
+        from icon_world.categories import parse_icon_weights
+        from icon_world.world import IconWorld
 
         world, weights = IconWorld(), parse_icon_weights(args.icon_weights)
         return TextPrompts(

@@ -25,7 +25,7 @@ from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDa
 from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, unconditional_ids
 from bitdance_diffusers.training.objective import choose_dropped, text_to_image_loss
 from data.sources import load_pictures
-from icon_world.world import parse_icon_weights
+from icon_world.categories import parse_icon_weights
 from training.arguments import add_icons_argument, parse_arguments
 from training.checkpoints import find_checkpoint
 from training.dreambooth import add_dreambooth_arguments, check_dreambooth_arguments, load_class_pictures

@@ -9,8 +9,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.whole_files import new_folder
+from icon_world.categories import category_probabilities
 from icon_world.new_shape import NewShapeWorld
-from icon_world.world import IconWorld, category_probabilities
+from icon_world.world import IconWorld
 
 
 class IconDataset(Dataset):
