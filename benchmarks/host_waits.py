@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import train_t2i  # noqa: E402
-from training import transformer_run  # noqa: E402
+from training import picture_run, transformer_run  # noqa: E402
 
 VALUES = {
     torch.Tensor.item: lambda tensor: 1.0,
@@ -81,7 +81,7 @@ def counted() -> Iterator[MetaWaits | CudaWaits]:
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
     """Let a run take `meta` for its device, which no generator and no fused optimizer knows."""
-    random_generator, create_optimizer = transformer_run.random_generator, transformer_run.create_optimizer
+    random_generator, create_optimizer = picture_run.random_generator, transformer_run.create_optimizer
     create_accelerator, load_pipeline = train_t2i.create_accelerator, train_t2i.load_pipeline
 
     def create_meta_accelerator(args: argparse.Namespace) -> Any:
@@ -93,24 +93,24 @@ def on_meta() -> Iterator[None]:
     def create_unfused(args: argparse.Namespace, parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=args.learning_rate)
 
-    class MetaDraws(transformer_run.RandomDraws):
+    class MetaDraws(picture_run.RandomDraws):
         """Numbers are drawn on the device."""
 
         def draw(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return super().draw(*args, **kwargs).to("meta", non_blocking=True)
 
-    transformer_run.RandomDraws, draws = MetaDraws, transformer_run.RandomDraws
-    send_to_device = transformer_run.send_to_device
-    transformer_run.send_to_device = lambda batch, device, non_blocking: send_to_device(batch, device, True)
-    transformer_run.random_generator = lambda *position, device="cpu": random_generator(*position)
+    picture_run.RandomDraws, draws = MetaDraws, picture_run.RandomDraws
+    send_to_device = picture_run.send_to_device
+    picture_run.send_to_device = lambda batch, device, non_blocking: send_to_device(batch, device, True)
+    picture_run.random_generator = lambda *position, device="cpu": random_generator(*position)
     transformer_run.create_optimizer = create_unfused
     train_t2i.create_accelerator = create_meta_accelerator
     train_t2i.load_pipeline = lambda args: load_pipeline(args).to("meta")
     try:
         yield
     finally:
-        transformer_run.RandomDraws, transformer_run.send_to_device = draws, send_to_device
-        transformer_run.random_generator, transformer_run.create_optimizer = random_generator, create_optimizer
+        picture_run.RandomDraws, picture_run.send_to_device = draws, send_to_device
+        picture_run.random_generator, transformer_run.create_optimizer = random_generator, create_optimizer
         train_t2i.create_accelerator, train_t2i.load_pipeline = create_accelerator, load_pipeline
 
 
@@ -118,7 +118,7 @@ def count_waits(arguments: list[str]) -> list[int]:
     """Of each optimizer step but the first, of a run that neither saves nor draws."""
     args = train_t2i.parse_args([*arguments, "--checkpointing_steps", "1000000", "--report_to", "none"])
     totals = []
-    optimize, finish = transformer_run.TransformerTraining.optimize, transformer_run.TransformerTraining.finish
+    optimize, finish = picture_run.TransformerTraining.optimize, picture_run.TransformerTraining.finish
     with contextlib.ExitStack() as stack:
         if not torch.cuda.is_available():
             stack.enter_context(on_meta())
@@ -129,13 +129,13 @@ def count_waits(arguments: list[str]) -> list[int]:
             if run.accelerator.sync_gradients:
                 totals.append(waits.count)
 
-        transformer_run.TransformerTraining.optimize = optimize_and_count
-        transformer_run.TransformerTraining.finish = lambda run, *args: run.accelerator.end_training()
+        picture_run.TransformerTraining.optimize = optimize_and_count
+        picture_run.TransformerTraining.finish = lambda run, *args: run.accelerator.end_training()
         try:
             train_t2i.main(args)
         finally:
-            transformer_run.TransformerTraining.optimize = optimize
-            transformer_run.TransformerTraining.finish = finish
+            picture_run.TransformerTraining.optimize = optimize
+            picture_run.TransformerTraining.finish = finish
     return [after - before for before, after in zip(totals, totals[1:], strict=False)]
 
 

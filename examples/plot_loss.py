@@ -34,8 +34,8 @@ def read_losses(logs: list[Path], tag: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array(values)
 
 
-def draw_curve(pictures: np.ndarray, losses: np.ndarray) -> Image.Image:
-    """Loss on a logarithmic scale over the pictures seen: every step faint, a moving average over it."""
+def draw_curve(pictures: np.ndarray, losses: np.ndarray, name: str = "loss") -> Image.Image:
+    """What `name` says, on a logarithmic scale over the pictures seen: every step faint, a moving average over it."""
     image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(12 * SCALE)
@@ -60,7 +60,7 @@ def draw_curve(pictures: np.ndarray, losses: np.ndarray) -> Image.Image:
         draw.text((x, bottom + 8 * SCALE), f"{value / 1000:g}k", fill=TEXT, font=font, anchor="mt")
     middle = ((left + right) / 2, bottom + 26 * SCALE)
     draw.text(middle, "pictures seen", fill=TEXT, font=font, anchor="mt")
-    draw.text((left + 8 * SCALE, top), "loss", fill=TEXT, font=font, anchor="lt")
+    draw.text((left + 8 * SCALE, top), name, fill=TEXT, font=font, anchor="lt")
 
     window = max(1, len(losses) // 100)
     mean = np.convolve(losses, np.ones(window) / window, mode="valid")
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps, losses = read_losses(args.logs, args.tag)
     except ValueError as error:
         parser.error(str(error))
-    draw_curve(steps * args.per_step, losses).save(args.output)
+    draw_curve(steps * args.per_step, losses, args.tag).save(args.output)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from data.sources import load_labelled_pictures
 from training.arguments import parse_arguments
 from training.checkpoints import find_checkpoint
 from training.lora import add_adapter, add_lora_arguments, check_lora_arguments, load_base
+from training.picture_run import TransformerTraining
 from training.transformer_run import (
-    TransformerTraining,
     add_from_scratch_arguments,
     add_transformer_arguments,
     check_probability,

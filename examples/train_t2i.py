@@ -25,12 +25,12 @@ from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDa
 from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, unconditional_ids
 from bitdance_diffusers.training.objective import choose_dropped, text_to_image_loss
 from data.sources import load_pictures
-from icon_world.world import TRAINING_CATEGORIES
+from icon_world.world import parse_icon_weights
 from training.arguments import add_icons_argument, parse_arguments
 from training.checkpoints import find_checkpoint
 from training.dreambooth import add_dreambooth_arguments, check_dreambooth_arguments, load_class_pictures
+from training.picture_run import TransformerTraining
 from training.transformer_run import (
-    TransformerTraining,
     add_from_scratch_arguments,
     add_transformer_arguments,
     check_probability,
@@ -95,18 +95,7 @@ def check_text_to_image_arguments(args: argparse.Namespace) -> None:
     if args.icon_weights and args.icons is None:
         raise ValueError("--icon_weights weighs the pictures of --icons, which is not given.")
     check_probability(args, "smaller_icons")
-    args.icon_weights = dict(parse_icon_weight(entry) for entry in args.icon_weights)
-
-
-def parse_icon_weight(entry: str) -> tuple[str, float]:
-    category, _, weight = entry.partition("=")
-    try:
-        return category, float(weight)
-    except ValueError:
-        raise ValueError(
-            f"--icon_weights takes CATEGORY=WEIGHT, with a category of {', '.join(TRAINING_CATEGORIES)}, "
-            f"not {entry!r}."
-        ) from None
+    args.icon_weights = parse_icon_weights(args.icon_weights)
 
 
 def load_pipeline(args: argparse.Namespace) -> BitDancePipeline:

@@ -32,15 +32,17 @@ from data.sources import load_pictures
 from training import reconstruction
 from training.arguments import (
     add_icons_argument,
-    add_training_arguments,
-    check_training_arguments,
+    add_picture_arguments,
+    add_run_arguments,
+    check_picture_arguments,
+    check_run_arguments,
     loggable,
     parse_arguments,
     training_configuration,
 )
 from training.checkpoints import Checkpoints, find_checkpoint
 from training.hub_upload import open_repository, push_to_hub, repository_name
-from training.model_card import save_model_card
+from training.model_card import name_pictures, save_model_card
 from training.optimization import (
     Steps,
     create_accelerator,
@@ -56,7 +58,8 @@ logger = get_logger(__name__)
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
+    add_picture_arguments(parser)
+    add_run_arguments(parser)
     add_icons_argument(parser)
     model = parser.add_argument_group("tokenizer (exactly one source)")
     model.add_argument("--tokenizer_config", type=Path, help="a config.json; train from scratch")
@@ -96,7 +99,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_training_arguments(args)
+    check_picture_arguments(args)
+    check_run_arguments(args)
     if (args.tokenizer_config is None) == (args.pretrained_model_name_or_path is None):
         raise ValueError("Give exactly one of --tokenizer_config and --pretrained_model_name_or_path.")
     if args.resolution < 11:
@@ -365,7 +369,7 @@ def main(args: argparse.Namespace) -> None:
             ["image-tokenizer"],
             "from bitdance_diffusers import BitDanceTokenizer\n\n"
             f'tokenizer = BitDanceTokenizer.from_pretrained("{repository_name(args)}")',
-            num_train,
+            name_pictures(args, num_train),
             step,
             accelerator.num_processes,
         )

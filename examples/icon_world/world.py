@@ -429,6 +429,26 @@ def category_probabilities(category_weights: Mapping[str, float] | None) -> np.n
     return weights / weights.sum()
 
 
+def parse_icon_weights(entries: list[str]) -> dict[str, float]:
+    """
+    `--icon_weights`, entries CATEGORY=WEIGHT, as what `category_probabilities` takes.
+
+    Raises:
+        ValueError: for an entry of another form.
+    """
+    weights = {}
+    for entry in entries:
+        category, _, weight = entry.partition("=")
+        try:
+            weights[category] = float(weight)
+        except ValueError:
+            raise ValueError(
+                f"--icon_weights takes CATEGORY=WEIGHT, with a category of {', '.join(TRAINING_CATEGORIES)}, "
+                f"not {entry!r}."
+            ) from None
+    return weights
+
+
 def find_difference(prompt: IconPrompt, icons: tuple[FoundIcon, ...]) -> str:
     """In what the icons differ from the prompt, in words; empty if in nothing."""
     if len(icons) != len(prompt.icons):

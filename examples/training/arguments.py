@@ -19,11 +19,12 @@ FREE_ON_RESUME = {
     "push_to_hub", "hub_model_id", "hub_token", "lr_decay_steps", "validation_prompts", "num_validation_images",
     "num_inference_steps", "guidance_scale", "save_dtype", "cache_codes", "validation_labels", "guidance_schedule",
     "validation_epochs", "max_skipped_steps", "skip_checksums", "command", "license", "max_sequence_length",
+    "num_validation_prompts", "score", "score_arguments",
 }  # fmt: skip
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of every training script, named as in Diffusers' training examples."""
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every script that learns from pictures, named as in Diffusers' training examples."""
     data = parser.add_argument_group("pictures (exactly one source)")
     data.add_argument(
         "--train_data_dir", type=Path, help="an image folder: captions in its metadata.jsonl, or a subfolder per class"
@@ -37,12 +38,15 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--center_crop", action="store_true", help="crop the centre in place of a random part")
     data.add_argument("--random_flip", action="store_true", help="mirror half of the pictures")
     data.add_argument("--dataloader_num_workers", type=int, default=0)
+    data.add_argument("--num_train_epochs", type=int, default=1, help="ignored with --max_train_steps")
 
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every training script, named as in Diffusers' training examples."""
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", type=Path, required=True)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--train_batch_size", type=int, default=16, help="per process")
-    run.add_argument("--num_train_epochs", type=int, default=1, help="ignored with --max_train_steps")
     run.add_argument("--max_train_steps", type=int)
     run.add_argument("--gradient_accumulation_steps", type=int, default=1)
     run.add_argument("--gradient_checkpointing", action="store_true")
@@ -88,7 +92,7 @@ def add_icons_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--icons", type=int, metavar="N", help="draw N pictures of the icon world per epoch")
 
 
-def check_training_arguments(args: argparse.Namespace) -> None:
+def check_picture_arguments(args: argparse.Namespace) -> None:
     """
     Raises:
         ValueError: for a number out of range or arguments in conflict, naming them.
@@ -98,18 +102,29 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     given = [name for name in sources if getattr(args, name) is not None]
     if len(given) != 1:
         raise ValueError(f"Give exactly one of {list_flags(sources)}, not {list_flags(given) or 'none'}.")
-    positive = (
-        "icons", "max_train_samples", "resolution", "train_batch_size", "num_train_epochs", "max_train_steps",
-        "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-        "max_skipped_steps", "validation_epochs", "repeats", "num_class_images",
+    check_at_least(
+        args, 1, "icons", "max_train_samples", "resolution", "num_train_epochs", "validation_epochs", "repeats",
+        "num_class_images",
     )  # fmt: skip
-    for name in positive:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} has to be at least 1 but is {value}.")
-    for name in ("seed", "dataloader_num_workers", "lr_warmup_steps", "lr_decay_steps"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} has to be at least 0 but is {getattr(args, name)}.")
+    check_at_least(args, 0, "dataloader_num_workers")
+    try:
+        ImageColor.getcolor(args.background_color, "RGB")
+    except ValueError as error:
+        raise ValueError(
+            f"--background_color has to be a color's name or #rrggbb, but is {args.background_color!r}."
+        ) from error
+
+
+def check_run_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: for a number out of range or arguments in conflict, naming them.
+    """
+    check_at_least(
+        args, 1, "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps",
+        "checkpoints_total_limit", "validation_steps", "max_skipped_steps",
+    )  # fmt: skip
+    check_at_least(args, 0, "seed", "lr_warmup_steps", "lr_decay_steps")
     for name in ("learning_rate", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name} has to be positive and finite but is {getattr(args, name)}.")
@@ -117,14 +132,16 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--lr_decay_steps needs a constant --lr_scheduler, not {args.lr_scheduler}.")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"--ema_decay has to be in [0, 1) but is {args.ema_decay}.")
-    try:
-        ImageColor.getcolor(args.background_color, "RGB")
-    except ValueError as error:
-        raise ValueError(
-            f"--background_color has to be a color's name or #rrggbb, but is {args.background_color!r}."
-        ) from error
     if args.hub_token is not None and not args.push_to_hub:
         raise ValueError("--hub_token without --push_to_hub has no effect.")
+
+
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Raises a `ValueError` that names the first of those arguments that is given and smaller."""
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} has to be at least {least} but is {value}.")
 
 
 def parse_arguments(

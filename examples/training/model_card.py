@@ -11,7 +11,10 @@ HYPERPARAMETERS = (
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "optimizer",
     "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "mixed_precision", "use_ema", "ema_decay", "bit_flip_probability", "diff_batch_mul", "proportion_empty_prompts",
-    "text_loss_weight", "label_dropout", "random_flip", "center_crop", "seed",
+    "text_loss_weight", "label_dropout", "random_flip", "center_crop", "reward", "reward_arguments", "num_prompts",
+    "num_images_per_prompt", "rollout_steps", "rollout_guidance_scale", "rollout_noise", "trained_steps",
+    "window_size", "stochastic_steps", "kl_weight", "clip_range", "ratio_level", "advantage_scale", "num_inner_epochs",
+    "seed",
 )  # fmt: skip
 
 
@@ -20,7 +23,7 @@ def save_model_card(
     description: str,
     tags: list[str],
     usage: str,
-    num_pictures: int,
+    learnt_from: str,
     num_steps: int,
     num_processes: int,
     samples: Path | None = None,
@@ -33,17 +36,19 @@ def save_model_card(
         description (`str`): a sentence on what this is.
         tags (list of `str`): of the Hub, beside those of every model.
         usage (`str`): the code that loads and uses it.
-        num_pictures, num_steps, num_processes (`int`): of the run.
+        learnt_from (`str`): what the steps of the run are on, see [`name_pictures`].
+        num_steps, num_processes (`int`): of the run.
         samples (`Path`, *optional*): a grid of pictures inside the folder, and ...
         sample_rows (list of `str`, *optional*): ... what each of its rows was drawn from.
     """
     base_model = args.pretrained_model_name_or_path
     is_repository = base_model is not None and not Path(base_model).exists()
+    dataset = getattr(args, "dataset_name", None)
     data = ModelCardData(
         library_name="diffusers",
         base_model=base_model if is_repository else None,
         license=args.license or find_license(base_model),
-        datasets=args.dataset_name if args.dataset_name and not Path(args.dataset_name).exists() else None,
+        datasets=dataset if dataset and not Path(dataset).exists() else None,
         tags=["bitdance", "diffusers-training", *tags],
     )
     folder = args.output_dir
@@ -55,11 +60,8 @@ def save_model_card(
         rows = "\n".join(f"{i}. {row}" for i, row in enumerate(sample_rows, start=1))
         parts.append(f"![Pictures that it drew]({samples.relative_to(folder).as_posix()})\n\nThe rows are:\n\n{rows}")
     parts.append(f"## Use\n\n```python\n{usage}\n```")
-    sources = ("train_data_dir", "instance_data_dir", "dataset_name", "icons")
-    (source,) = (name for name in sources if getattr(args, name, None) is not None)
-    where = {"dataset_name": args.dataset_name, "icons": "the icon world"}.get(source) or getattr(args, source).name
     parts.append(
-        f"## Training\n\n{num_steps} steps on {num_pictures} pictures of {where}, in {num_processes} "
+        f"## Training\n\n{num_steps} steps on {learnt_from}, in {num_processes} "
         f"process{'es' if num_processes > 1 else ''}:\n\n```bash\n{args.command}\n```"
     )
     given = {name: getattr(args, name, None) for name in HYPERPARAMETERS}
@@ -72,6 +74,14 @@ def save_model_card(
     partial = folder / ".README.md.partial"
     ModelCard("\n\n".join(parts) + "\n").save(partial)
     partial.replace(folder / "README.md")
+
+
+def name_pictures(args: argparse.Namespace, num_pictures: int) -> str:
+    """How many pictures of what a run learns from."""
+    sources = ("train_data_dir", "instance_data_dir", "dataset_name", "icons")
+    (source,) = (name for name in sources if getattr(args, name, None) is not None)
+    where = {"dataset_name": args.dataset_name, "icons": "the icon world"}.get(source) or getattr(args, source).name
+    return f"{num_pictures} pictures of {where}"
 
 
 def find_license(base_model: str | None) -> str | None:

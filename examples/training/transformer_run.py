@@ -1,24 +1,22 @@
 """What the scripts that train a pipeline's transformer, or a LoRA for it, share: a run from its optimizer to what is
-saved. The scripts say what is learnt from and what the loss is.
+saved. What is learnt from is said by `picture_run.py` and `policy_run.py`.
 """
 
 import argparse
-import functools
 import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
-from torch.utils.data import ConcatDataset, Dataset
 from tqdm.auto import tqdm
 
 from bitdance_diffusers import (
@@ -29,16 +27,15 @@ from bitdance_diffusers import (
     BitDanceTransformer,
 )
 from bitdance_diffusers.training.initialization import initialize_weights
-from bitdance_diffusers.training.objective import RandomDraws
 from bitdance_diffusers.training.parameter_groups import hidden_matrices, parameter_groups
-from data.cached_codes import cache_codes
-from data.crops import CroppedPictures
-from data.order import count_steps, create_dataloader
 from drawing.models import DTYPES
 from training import optimization
 from training.arguments import (
-    add_training_arguments,
-    check_training_arguments,
+    add_picture_arguments,
+    add_run_arguments,
+    check_at_least,
+    check_picture_arguments,
+    check_run_arguments,
     list_flags,
     loggable,
     training_configuration,
@@ -59,9 +56,9 @@ Pipeline = BitDancePipeline | BitDanceClassPipeline
 # Arguments
 
 
-def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every script that trains a transformer, beside those of every training script."""
-    add_training_arguments(parser)
+    add_run_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained_model_name_or_path", help="a pipeline folder or repository to fine-tune")
     model.add_argument("--revision")
@@ -69,19 +66,26 @@ def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--attention_backend", help="one of Diffusers' attention backends, such as _native_math")
     model.add_argument("--compile", action="store_true", help="compile the transformer's blocks with torch.compile")
     model.add_argument(
+        "--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the blocks' matrices"
+    )
+    model.add_argument("--num_validation_images", type=int, default=4, help="for each prompt or label")
+
+
+def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every script that trains a transformer on pictures."""
+    add_picture_arguments(parser)
+    add_model_arguments(parser)
+    loss = parser.add_argument_group("codes and objective")
+    loss.add_argument(
         "--cache_codes", nargs="?", const=True, metavar="DIR",
         help="encode every picture once, keep the codes in DIR, by default `codes` in --output_dir, and take the "
         "autoencoder off the device",
     )  # fmt: skip
-
-    loss = parser.add_argument_group("objective and optimizer")
-    loss.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the blocks' matrices")
     loss.add_argument("--bit_flip_probability", type=float, default=0.1, help="greatest for a fed-back bit")
     loss.add_argument("--diff_batch_mul", type=int, default=1, help="draws of noise per patch")
 
     validation = parser.add_argument_group("validation")
     validation.add_argument("--validation_epochs", type=int, help="every so many epochs, not by --validation_steps")
-    validation.add_argument("--num_validation_images", type=int, default=4, help="for each prompt or label")
     validation.add_argument("--num_inference_steps", type=int, help="of validation; also a saved pipeline's default")
     validation.add_argument("--guidance_scale", type=float, help="of validation; also a saved pipeline's default")
 
@@ -101,7 +105,8 @@ def check_transformer_arguments(args: argparse.Namespace, from_scratch: tuple[st
     Raises:
         ValueError: for a number out of range or arguments in conflict, naming them.
     """
-    check_training_arguments(args)
+    check_picture_arguments(args)
+    check_run_arguments(args)
     missing = [name for name in from_scratch if getattr(args, name) is None]
     if args.pretrained_model_name_or_path is not None:
         if len(missing) < len(from_scratch):
@@ -115,9 +120,7 @@ def check_transformer_arguments(args: argparse.Namespace, from_scratch: tuple[st
             f"{list_flags(missing)}."
         )
     check_probability(args, "bit_flip_probability")
-    for name in ("diff_batch_mul", "num_validation_images", "num_inference_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
+    check_at_least(args, 1, "diff_batch_mul", "num_validation_images", "num_inference_steps")
     if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
         raise ValueError(f"--guidance_scale has to be at least 0 and finite but is {args.guidance_scale}.")
     if args.cache_codes is not None:
@@ -188,25 +191,24 @@ def create_optimizers(args: argparse.Namespace, transformer: Transformer) -> lis
 # The run
 
 
-class TransformerTraining:
+class TransformerRun:
     """
-    A run: `for batch, code, draws in run.batches(): run.optimize(loss)`, then `run.finish(...)`. It keeps checkpoints,
-    the averaged weights, the trackers and the validation pictures. Of a transformer with a LoRA adapter (`lora.py`)
+    A run: `optimize` with each loss, within `accelerator.accumulate`, then `finish`. It keeps checkpoints, the
+    averaged weights, the trackers and the validation pictures. Of a transformer with a LoRA adapter (`lora.py`)
     the adapter alone is trained, kept and saved.
 
     Args:
         name (`str`): of the script, for the trackers.
-        args (`argparse.Namespace`): of `add_transformer_arguments`.
+        args (`argparse.Namespace`): of `add_model_arguments`.
         accelerator (`Accelerator`): from `create_accelerator`.
         pipeline ([`BitDancePipeline`] or [`BitDanceClassPipeline`]): whose transformer is trained, as far as its
             parameters require a gradient.
-        pictures (`Dataset`): items with `"image"` and the `target`.
-        target (`"text"` or `"label"`): what is kept beside the codes of pictures.
+        num_steps (`int`): optimizer steps of the whole run.
+        how, learnt_from (`str`): for the model card, such as "trained at 64 x 64 pixels" and "9 pictures of foxes".
         checkpoint (`Path`, *optional*): to go on from.
         validation (`Mapping`, *optional*): arguments of the pipeline that draw the validation pictures, and ...
         num_validation_rows (`int`): ... how many times `--num_validation_images` they draw.
-        collate (`Callable`, *optional*): makes a batch of the dataset's items; torch's default if None.
-        paired (`Dataset`, *optional*): pictures like those, one of which stands after each of them in a batch.
+        configuration: what else has to be equal in a run and its continuation.
 
     Raises:
         ValueError: if the checkpoint is damaged or of another configuration, or the repository to upload to cannot be
@@ -219,22 +221,22 @@ class TransformerTraining:
         args: argparse.Namespace,
         accelerator: Accelerator,
         pipeline: Pipeline,
-        pictures: Dataset,
-        target: Literal["text", "label"],
+        num_steps: int,
+        how: str,
+        learnt_from: str,
         checkpoint: Path | None,
         validation: Mapping[str, Any] | None,
         num_validation_rows: int,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-        paired: Dataset | None = None,
+        **configuration: Any,
     ) -> None:
         self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
+        self.how, self.learnt_from = how, learnt_from
+        self.num_steps, self.validation_steps = num_steps, args.validation_steps
         self.validation, self.num_validation_rows = validation, num_validation_rows
         transformer, self.vae = pipeline.transformer, pipeline.vae
         # What Diffusers keeps of fields that a config leaves out has another order in every process
         config = {name: value for name, value in transformer.config.items() if name != "_use_default_values"}
-        configuration = training_configuration(
-            args, accelerator.num_processes, transformer=config, num_pictures=len(pictures)
-        )
+        configuration = training_configuration(args, accelerator.num_processes, transformer=config, **configuration)
         self.first_step = (
             0 if checkpoint is None else Checkpoints.check(checkpoint, configuration, args.skip_checksums)
         )
@@ -257,9 +259,6 @@ class TransformerTraining:
         self.vae.eval().requires_grad_(False).to(accelerator.device)
         self.trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
         self.ema = EMAModel(self.trained.values(), args.ema_decay, foreach=True) if args.use_ema else None
-        epochs = functools.partial(count_steps, args, len(pictures), accelerator.num_processes)
-        self.num_steps = args.max_train_steps or epochs(args.num_train_epochs)
-        self.validation_steps = epochs(args.validation_epochs) if args.validation_epochs else args.validation_steps
         self.transformer, *self.optimizers = accelerator.prepare(transformer, *create_optimizers(args, transformer))
         self.lr_scheduler = create_lr_scheduler(args, self.optimizers[0].optimizer, self.num_steps)
         if self.ema is not None:
@@ -279,46 +278,14 @@ class TransformerTraining:
         if args.report_to != "none":
             accelerator.init_trackers(name, config=loggable(args))
 
-        # 2. Pictures, or their codes
-        self.num_pictures, num_paired = len(pictures), 0 if paired is None else len(paired)
-        dataset = pictures if paired is None else ConcatDataset([pictures, paired])
-        dataset = CroppedPictures(dataset, args.resolution, args.center_crop, args.random_flip, args.seed)
-        if args.cache_codes is not None:
-            folder = args.output_dir / "codes" if args.cache_codes is True else Path(args.cache_codes)
-            dataset = cache_codes(folder, dataset, self.vae, accelerator, args.dataloader_num_workers, target)
-            self.vae.to("cpu")  # but for validation pictures it has done its work
-        self.dataloader = create_dataloader(args, dataset, accelerator, self.first_step, collate, num_paired)
-
-        # 3. Reports
+        # 2. Reports
         num_trained = sum(parameter.numel() for parameter in self.trained.values())
-        logger.info(f"{self.num_pictures} pictures, {num_trained} trained parameters, {self.num_steps} steps")
+        logger.info(f"{num_trained} trained parameters, {self.num_steps} steps")
         self.per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.progress = tqdm(
             total=self.num_steps, initial=self.first_step, disable=not accelerator.is_local_main_process
         )
         self.timer = StepTimer()
-
-    def batches(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, RandomDraws]]:
-        """
-        The batches up to the last step: what the dataset holds, tensors on the device, the codes of its pictures
-        (B, C, h, w) in the transformer's dtype, and the source of every random number, which depends neither on the
-        number of processes nor on where the run was resumed.
-        """
-        args, accelerator = self.args, self.accelerator
-        batches = enumerate(self.dataloader, start=self.first_step * args.gradient_accumulation_steps)
-        while self.step < self.num_steps:
-            number, batch = next(batches)
-            batch = send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type == "cuda")
-            generator = random_generator(args.seed, number, device=accelerator.device)
-            draws = RandomDraws(generator, accelerator.process_index, accelerator.num_processes)
-            if args.cache_codes is not None:
-                code = self.vae.unpack(batch["packed_code"])
-            else:
-                with torch.no_grad():
-                    code = self.vae.encode(batch["pixel_values"]).code
-            self.timer.lap("data")
-            with accelerator.accumulate(self.transformer):
-                yield batch, code.to(self.dtype), draws
 
     def optimize(self, loss: torch.Tensor, more_logs: Mapping[str, torch.Tensor] | None = None) -> None:
         """
@@ -398,19 +365,24 @@ class TransformerTraining:
         yield copy.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def validate(self, transformer: Transformer) -> Path:
-        """Draw the validation pictures: a grid on disk and in the trackers, a row for each prompt or label."""
+    def draw_validation(self, transformer: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the validation pictures: their codes (B, C, h, w), and they themselves (B, 3, H, W) in [0, 1]."""
         training, self.pipeline.transformer = self.pipeline.transformer, transformer
         self.pipeline.set_progress_bar_config(disable=True)
         vae_device = self.vae.device
         self.vae.to(self.accelerator.device)
-        per_row = self.args.num_validation_images
-        number = self.num_validation_rows * per_row
+        number = self.num_validation_rows * self.args.num_validation_images
         generators = [random_generator(self.args.seed, i) for i in range(number)]
-        images = self.pipeline(**self.validation, generator=generators, output_type="pt").images
+        code = self.pipeline(**self.validation, generator=generators, output_type="latent").images
+        images = self.pipeline.decode_latents(code, "pt", generators)
         self.pipeline.transformer = training
         self.vae.to(vae_device)
-        grid = image_grid(list((images.unflatten(0, (-1, per_row)) * 2 - 1).unbind(1)))
+        return code, images
+
+    def validate(self, transformer: Transformer) -> Path:
+        """Draw the validation pictures: a grid on disk and in the trackers, a row for each prompt or label."""
+        _, images = self.draw_validation(transformer)
+        grid = image_grid(list((images.unflatten(0, (-1, self.args.num_validation_images)) * 2 - 1).unbind(1)))
         return log_image(self.accelerator, "validation", grid, self.step, self.args.output_dir)
 
     def finish(self, tags: list[str], sample_rows: list[str], call: str) -> None:
@@ -446,11 +418,10 @@ class TransformerTraining:
                 lines.append(f'pipe = {kind}.from_pretrained("{name}")')
             save_model_card(
                 args,
-                f"A {'LoRA for a BitDance pipeline' if adapted else 'BitDance pipeline'} ({tags[0]}), trained at "
-                f"{args.resolution} x {args.resolution} pixels.",
+                f"A {'LoRA for a BitDance pipeline' if adapted else 'BitDance pipeline'} ({tags[0]}), {self.how}.",
                 [*tags, "lora"] if adapted else tags,
                 "\n".join([*lines, f"image = pipe({call}).images[0]"]),
-                self.num_pictures,
+                self.learnt_from,
                 self.step,
                 self.accelerator.num_processes,
                 samples,

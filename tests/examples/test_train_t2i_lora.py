@@ -21,8 +21,9 @@ from tests.examples.training_runs import (
     to_flags,
     write_pictures,
 )
-from training import lora, transformer_run
+from training import lora
 from training.lora import LORA_WEIGHTS
+from training.picture_run import TransformerTraining
 from training.randomness import random_generator
 
 CALL = {"prompt": ["a red fox", "two"], "height": 16, "width": 16, "num_inference_steps": 3}
@@ -237,7 +238,7 @@ def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch):
 
 def test_the_codes_free_the_autoencoder(train, monkeypatch):
     moved = []
-    run = transformer_run.TransformerTraining
+    run = TransformerTraining
     monkeypatch.setattr(run, "finish", lambda self, *args: moved.append(self.vae.device.type))
     train("out", cache_codes=True, center_crop=True)
     assert moved == ["cpu"]

@@ -1,0 +1,1 @@
+"""Rewards: functions `(images, prompts, **arguments) -> a number for each picture`, more being better."""
