@@ -14,11 +14,11 @@ MASK_MARGIN_PX = 4  # of a mask around the square that the longest icon fills
 
 @dataclass(frozen=True)
 class Edit:
-    """A `source`, and a held-out `prompt` for what it is to become. What is white in the `mask` is drawn anew."""
+    """A `source`, and a held-out `prompt` for what it is to become: what is white in the `mask`, or all of it."""
 
     prompt: str
     source: Image.Image
-    mask: Image.Image
+    mask: Image.Image | None = None
 
 
 def replace_an_icon(world: IconWorld, rng: np.random.Generator, number: int) -> Edit:
@@ -60,7 +60,7 @@ def recolor(world: IconWorld, rng: np.random.Generator, number: int) -> Edit:
     shape, asked = prompt.icons[0]
     color = _choose([color for color in world.colors if color != asked], rng)
     source, _ = world.draw_scene(IconPrompt("", "colors", ((shape, color),)), rng)
-    return Edit(prompt.text, source, _draw_mask(world, (0, 0, world.canvas, world.canvas)))
+    return Edit(prompt.text, source)
 
 
 EDITS: dict[str, Callable[[IconWorld, np.random.Generator, int], Edit]] = {
@@ -77,11 +77,11 @@ def make_edits(world: IconWorld, kind: str, number: int, seed: int) -> list[Edit
 
 def show_edit(edit: Edit, result: Image.Image) -> Image.Image:
     """The source, darker where it is masked, beside the result."""
-    shade = Image.new("RGB", edit.source.size, "black")
-    masked = edit.mask.point(lambda value: value // 4)
     width, height = edit.source.size
     pair = Image.new("RGB", (2 * width + 2, height), "white")
-    pair.paste(Image.composite(shade, edit.source, masked))
+    pair.paste(edit.source)
+    if edit.mask is not None:
+        pair.paste("black", (0, 0, width, height), edit.mask.point(lambda value: value // 4))
     pair.paste(result, (width + 2, 0))
     return pair
 

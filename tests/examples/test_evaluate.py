@@ -59,6 +59,23 @@ def test_icons_scores_a_pipeline_on_training_prompts_to_choose_settings_on(t2i_p
         assert prompt in world.validation_prompts[prompt.category] and not world.is_held_out(prompt.text)
 
 
+@pytest.mark.parametrize("kind", ["replace", "extend", "recolor"])
+def test_icons_edits_scores_what_pictures_become(t2i_pipeline_path, tmp_path, capsys, kind):
+    arguments = ["icons-edits", kind, "--model", str(t2i_pipeline_path), "--num_edits", "5", "--batch_size", "3"]
+    if kind == "replace":
+        arguments += ["--num_candidates", "2", "--strength", "0.5"]
+    main([*arguments, "--json", str(tmp_path / "scores.json"), "--grid", str(tmp_path / "grid.png")])
+    lines = capsys.readouterr().out.splitlines()
+    kept = "Of 5 of 5 pictures every bit that was not masked is the source's"
+    assert lines[-1] == (kept if kind != "recolor" else str(tmp_path / "grid.png"))
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["settings"]["strength"] == {"replace": 0.5, "extend": 1.0, "recolor": 0.6}[kind]
+    assert [picture["seed"] for picture in result["pictures"]] == [0, 1, 2, 3, 4]
+    assert result["scores"]["mean"]["num_pictures"] == 5
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > grid.height  # pairs
+
+
 def test_icons_tokenizer_scores_reconstructions(t2i_pipeline, t2i_pipeline_path, world, tmp_path, capsys):
     for vae in (t2i_pipeline_path, t2i_pipeline_path / "vae"):
         arguments = ["icons-tokenizer", "--vae", str(vae), "--pictures_per_category", "1"]
@@ -85,6 +102,7 @@ def test_icons_tokenizer_scores_reconstructions(t2i_pipeline, t2i_pipeline_path,
         (["icons", "--batch_size", "0"], "`batch_size` has to be at least 1"),
         (["icons", "--pictures_per_category", "0"], "`pictures_per_category` has to be at least 1"),
         (["icons", "--json", "/no/such/folder/scores.json"], "there is no folder /no/such/folder"),
+        (["icons-edits", "replace", "--num_edits", "0"], "`num_edits` has to be at least 1"),
         (["icons-tokenizer", "--vae", "/no/such/folder"], "`vae` has to be the folder of a BitDanceTokenizer"),
         (
             ["fid", "/no/such/folder", "."],

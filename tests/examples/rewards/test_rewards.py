@@ -33,7 +33,7 @@ def test_a_class_model_knows_its_classes(held_out_digits):
     right = classes.class_posterior(held_out_digits, list(map(str, range(10))), folder)
     wrong = classes.class_posterior(held_out_digits, [(label + 1) % 10 for label in range(10)], folder)
     assert np.mean(right) > 0.5
-    assert np.mean(wrong) < 0.15
+    assert np.mean(wrong) < 0.25
     # A picture's does not depend on its neighbours
     alone = classes.class_posterior(held_out_digits[:1], ["0"], folder)
     assert alone == pytest.approx(right[:1], abs=1e-4)
