@@ -78,7 +78,7 @@ def activation_bytes(config: Mapping[str, Any], batch: int, text_tokens: int, si
     in_float32 = 9 * width + 2 * inner + query + key
     in_bfloat16 = 4 * width + 3 * inner + 4 * query
     length = tokens // batch
-    mask = 2 * batch * min(length, CHUNK_TOKENS) * length  # of the last queries
+    mask = 3 * batch * min(length, CHUNK_TOKENS) * length  # of the last queries, and as it is added to their scores
     layer = tokens * (4 * in_float32 + 2 * in_bfloat16) + mask
 
     # The head: eight chunks of every modulation, the input of every block, and what a block holds at once

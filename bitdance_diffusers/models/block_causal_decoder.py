@@ -267,7 +267,7 @@ class BlockCausalAttnProcessor:
         attn: "BlockCausalAttention",
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: BlockCausalMask | BlockMask | None = None,
+        attention_mask: BlockCausalMask | BlockMask | torch.Tensor | None = None,
         kv_cache: LayerKVCache | None = None,
         block_size: int | None = None,
     ) -> torch.Tensor:
@@ -293,7 +293,7 @@ class BlockCausalAttnProcessor:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: BlockCausalMask | BlockMask | None = None,
+        attention_mask: BlockCausalMask | BlockMask | torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
         if attention_mask is not None:
@@ -410,7 +410,7 @@ class BlockCausalDecoderLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: BlockCausalMask | BlockMask | None = None,
+        attention_mask: BlockCausalMask | BlockMask | torch.Tensor | None = None,
         kv_cache: LayerKVCache | None = None,
         block_size: int | None = None,
     ) -> torch.Tensor:
@@ -454,8 +454,11 @@ class BlockCausalDecoder(nn.ModuleList):
         if hidden_states.shape[1] > block_size and not torch.compiler.is_compiling():
             for tensor in (hidden_states, *rotary):  # layers compiled alone take texts of any length
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        if attention_mask is not None and self[0].attn.processor._attention_backend == AttentionBackendName.FLEX:
-            attention_mask = attention_mask.for_flex_attention()
+        if attention_mask is not None:  # what all layers can share is formed once
+            if self[0].attn.processor._attention_backend == AttentionBackendName.FLEX:
+                attention_mask = attention_mask.for_flex_attention()
+            elif attention_mask.num_tokens <= CHUNK_TOKENS:
+                attention_mask = attention_mask.of_chunk(0, attention_mask.num_tokens)
         for i, layer in enumerate(self):
             layer_cache = None if kv_cache is None else kv_cache.layers[i]
             if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -67,6 +67,8 @@ def save_model_card(
     given = {name: getattr(args, name, None) for name in HYPERPARAMETERS}
     if given["class_prompt"] is None:
         del given["num_class_images"], given["prior_loss_weight"]
+    if given["lr_scheduler"] == "constant":
+        del given["lr_warmup_steps"]
     if not given["use_ema"]:
         del given["ema_decay"]
     table = "\n".join(f"| {name} | {value} |" for name, value in given.items() if value not in (None, False))
