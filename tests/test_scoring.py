@@ -135,3 +135,9 @@ def test_bad_input_of_classes_is_named(class_pipeline):
         pipeline.score(code, [0, 1, 2])
     with pytest.raises(ValueError, match="`image` is a code of shape"):
         pipeline.score(code[..., :-1], 1)
+
+
+def test_noise_is_always_the_same_and_comes_in_pairs_of_opposite_sign():
+    noise = draw_score_noise(2, 3, 4, 5, 6)
+    assert noise.shape == (2, 3, 4, 5, 6) and torch.equal(noise, draw_score_noise(2, 3, 4, 5, 6))
+    assert torch.equal(noise[:, 2], -noise[:, 0]) and not torch.equal(noise[:, 1].abs(), noise[:, 0].abs())

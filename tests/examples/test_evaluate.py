@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bitdance_diffusers import BitDanceClassPipeline, BitDanceClassTransformer
+from bitdance_diffusers import BitDanceClassPipeline, BitDanceClassTransformer, BitDancePipeline
 from drawing.pictures import make_grid
 from evaluate import main
 from icon_world.world import CATEGORIES, IconWorld
@@ -147,3 +147,56 @@ def test_digits_needs_a_model_of_ten_classes(class_pipeline, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["digits", "--model", str(tmp_path / "other")])
     assert "`model` has to have 10 classes, but has 3" in capsys.readouterr().err
+
+
+def test_icons_of_some_categories_with_candidates(t2i_pipeline_path, tmp_path, capsys):
+    arguments = ["icons", "--model", str(t2i_pipeline_path), "--pictures_per_category", "1"]
+    arguments += ["--num_inference_steps", "1", "--categories", "counting", "colors", "--best_of", "2"]
+    main([*arguments, "--json", str(tmp_path / "scores.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["counting", "colors", "mean"]
+    assert json.loads((tmp_path / "scores.json").read_text())["settings"]["best_of"] == 2
+
+
+def test_the_score_finds_the_prompts_of_icons(world, monkeypatch, capsys):
+    asked, score = [], BitDancePipeline.score
+
+    def watched(pipeline, image, prompts, **settings):
+        asked.append((image, prompts, settings))
+        return score(pipeline, image, prompts, **settings)
+
+    monkeypatch.setattr(BitDancePipeline, "score", watched)
+    main(["icon-choices", "--num_pictures", "7", "--num_prompts", "4", "--same_category", "--num_times", "2"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[0] for line in lines] == [*CATEGORIES, "all"]
+    assert [line[-1] for line in lines] == ["2", "1", "1", "1", "1", "1", "7"]
+    assert float(lines[-1][1]) > 0.8  # by chance 0.25
+    for image, prompts, settings in asked:
+        assert [world.check(image, prompt) for prompt in prompts] == [True, False, False, False]
+        assert len({world.parse(prompt).category for prompt in prompts}) == 1
+        assert settings == {"num_times": 2, "num_draws": 2, "num_passes": 1, "bit_flip_probability": 0.0}
+
+
+def test_the_score_finds_the_classes_of_digits(capsys, tmp_path):
+    arguments = ["digit-choices", "--num_pictures", "30", "--num_times", "2", "--json", str(tmp_path / "scores.json")]
+    main([*arguments, "--num_passes", "2", "--bit_flip_probability", "0.1"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:12]]
+    assert [line[0] for line in lines] == [*map(str, range(10)), "all"]
+    assert [line[-1] for line in lines] == ["3"] * 10 + ["30"]
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["scores"]["all"]["value"] > 0.6  # by chance 0.1
+    assert result["settings"]["num_passes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["icon-choices", "--num_prompts", "1"], "`num_prompts` at least 2"),
+        (["digit-choices", "--num_pictures", "1001"], "`num_pictures` is 1001"),
+        (["digit-choices", "--num_pictures", "1", "--num_times", "0"], "`num_times` is 0"),
+    ],
+)
+def test_bad_arguments_of_choices(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
