@@ -233,8 +233,7 @@ class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
                 raise ValueError(
                     f"`{name}` holds {len(rows)} pictures for a code of {len(code)}; give one, or for each."
                 )
-        # In float32: half precision does not hold the source's 256 values
-        drawn = self.decode_code(code, generator).float()  # (B, 3, H, W)
+        drawn = self.decode_code(code, generator)  # (B, 3, H, W)
         share = interpolate(mask.to(drawn), scale_factor=scale)  # 1 in tokens that were drawn, else 0
         # Grown by half a token, then averaged over a token: it falls to 0 outside the drawn tokens, within a token.
         side = scale // 2 * 2 + 1
