@@ -42,3 +42,23 @@ def test_a_source_is_noised_to_the_first_step_that_is_left(solver, first_step):
         sample = scheduler.step(prediction, time, sample, generator, previous).prev_sample
         previous = prediction
     torch.testing.assert_close(found, sample, atol=1e-5, rtol=0)
+
+
+def test_known_tokens_stand_at_their_noised_value_at_every_evaluation():
+    scheduler = BinaryDiffusionScheduler()
+    scheduler.set_timesteps(NUM_STEPS)
+    known = torch.zeros(SHAPE)
+    known[0, 1], known[1, 2:] = 1, -1
+    noise = draw_patch_noise(NUM_STEPS, SHAPE, torch.Generator().manual_seed(0), CPU)
+    seen = []
+
+    def watch(sample, modulations):
+        seen.append(sample.clone())
+        return predict(sample, modulations)
+
+    found = denoise_patch(
+        watch, iter([(time,) for time in scheduler.timesteps]), noise.clone(), scheduler, None, known_code=known
+    )
+    assert len(seen) == NUM_STEPS + 1 and torch.equal(found[known != 0], known[known != 0])
+    for sample, time in zip(seen, scheduler.timesteps, strict=True):
+        assert torch.equal(sample[known != 0], scheduler.add_noise(known, noise[0], time)[known != 0])

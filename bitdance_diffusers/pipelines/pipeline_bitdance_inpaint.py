@@ -136,9 +136,9 @@ class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
             paste_source (`bool`): give the source's pixels, in place of what the `vae` makes of its code, where the
                 mask is not. Over the length of a token beside the mask, the drawn picture fades into the source.
             num_candidates (`int`): fill each mask so often, side by side, and keep the filling that the known patches
-                behind it fit best by the model's own score; where none are behind, the first. Each candidate has a
-                generator of its own, seeded by draws from what `generator` is. A callback's `latents` are of all
-                candidates.
+                behind it fit best by the model's own score; where none are behind, nothing tells them apart. Each
+                candidate has a generator of its own, seeded by draws from what `generator` is. A callback's `latents`
+                are of all candidates.
 
         Returns:
             [`BitDancePipelineOutput`], or a tuple whose first element is the images. `"latent"` is the code, whose
@@ -218,14 +218,22 @@ class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
         Pictures of a whole code (B, C, h, w), with the pixels of `image` where `mask_image` is black: the drawn one
         fades into the source over the length of a token beside the tokens under the mask. Where `image` is a code,
         there are no pixels to paste.
+
+        Raises:
+            ValueError, TypeError: `image` or `mask_image` holds no picture, or not one for all or for each.
         """
         scale = self.vae_scale_factor
         height, width = code.shape[-2] * scale, code.shape[-1] * scale
         image, _, _ = self.prepare_image(image, height, width)
         if image.shape[1] == code.shape[1]:
             return self.decode_latents(code, output_type, generator)
-        drawn = self.decode_code(code, generator)  # (B, 3, H, W)
         mask = self._grow_to_tokens(resize_masks(read_masks(mask_image), height, width))
+        for name, rows in (("image", image), ("mask_image", mask)):
+            if len(code) % len(rows):
+                raise ValueError(
+                    f"`{name}` holds {len(rows)} pictures for a code of {len(code)}; give one, or for each."
+                )
+        drawn = self.decode_code(code, generator)  # (B, 3, H, W)
         share = interpolate(mask.to(drawn), scale_factor=scale)  # 1 in tokens that were drawn, else 0
         # Grown by half a token, then averaged over a token: it falls to 0 outside the drawn tokens, within a token.
         side = scale // 2 * 2 + 1

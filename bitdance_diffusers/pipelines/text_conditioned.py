@@ -456,7 +456,7 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
             ),
             generator,
             attention_kwargs,
-            source,
+            source if first_step else None,
         )
 
     @staticmethod

@@ -49,14 +49,22 @@ class TestStrength:
             torch.testing.assert_close(picture, (pipeline.vae.decode(expected).sample / 2 + 0.5).clamp(0, 1))
 
     def test_steps_that_are_run(self, pipeline):
-        evaluations = []
-        pipeline.transformer.register_forward_pre_hook(
-            lambda module, args, kwargs: evaluations.append("noisy_code" in kwargs), with_kwargs=True
-        )
+        evaluations, times = [], []
+
+        def record(module, args, kwargs):
+            evaluations.append("noisy_code" in kwargs)
+            if kwargs.get("timestep") is not None:
+                times.extend(kwargs["timestep"].tolist())
+
+        pipeline.transformer.register_forward_pre_hook(record, with_kwargs=True)
+        scheduler = pipeline.scheduler
+        scheduler.set_timesteps(5)
         for strength, steps in ((1.0, 5), (0.6, 3), (0.59, 2), (0.2, 1)):
             evaluations.clear()
+            times.clear()
             pipeline("a fox", IMAGES[:1], strength=strength, **QUICK)
             assert sum(evaluations) == 2 * (steps + 1)  # of two patches
+            assert times == 2 * scheduler.timesteps[-1 - steps :].tolist()
 
 
 def test_default_strength(pipeline):

@@ -147,6 +147,17 @@ class TestPaste:
         found = pipeline("a fox", pixels, BLACK, **QUICK | {"output_type": "pil"}).images[0]
         assert found.tobytes() == pixels.permute(1, 2, 0).numpy().tobytes()
 
+    def test_in_half_precision_too(self, pipeline):
+        pipeline.to(dtype=torch.bfloat16)
+        pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=seeded(0)[0])
+        found = pipeline("a fox", pixels, BLACK, **QUICK | {"output_type": "pil"}).images[0]
+        assert found.tobytes() == pixels.permute(1, 2, 0).numpy().tobytes()
+
+    def test_as_many_sources_as_codes(self, pipeline):
+        code = pipeline.encode_image(IMAGES)
+        with pytest.raises(ValueError, match="`image` holds 3 pictures for a code of 2"):
+            pipeline.decode_onto_source(code, IMAGES[[0, 0, 1]], WHITE)
+
 
 class TestLookAhead:
     MASK = mask_of((0, 1), (1, 2))  # patches 0 and 1; two known ones follow
@@ -169,21 +180,6 @@ class TestLookAhead:
         )
         scores = self.score(pipeline, candidates[-1]).sum(dim=1)  # every patch has known tokens
         assert torch.equal(best[0], candidates[-1][scores.argmax()]) and scores.argmax() != 0
-
-    def test_where_nothing_is_behind_the_first_is_kept(self, pipeline):
-        last = torch.zeros(1, 16, 16)
-        last[:, 8:, 8:] = 1  # the last patch
-        candidates = []
-        found = pipeline(
-            "a fox",
-            IMAGES[:1],
-            last,
-            num_candidates=3,
-            generator=seeded(0),
-            callback_on_step_end=lambda pipe, step, timestep, kwargs: candidates.append(kwargs["latents"].clone()),
-            **QUICK,
-        ).images
-        assert torch.equal(found[0], candidates[-1][0])
 
     def test_an_interrupted_call_returns_a_picture_for_each_prompt(self, pipeline):
         def stop(pipe, step, timestep, kwargs):
