@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -8,11 +9,11 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+import codec
 from bitdance_diffusers import BitDanceTokenizer
 from bitdance_diffusers.code_files import read_code, read_header, write_state
 from codec import main
 from tests.examples.pictures import make_pictures, write_pictures
-from tests.examples.training_runs import ENVIRONMENT, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_two_processes_share_the_files(model, tmp_path):
     (pictures / "000009.png").write_bytes(b"no picture")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [
-        ROOT / "examples" / "codec.py",
+        codec.__file__,
         "encode",
         pictures,
         tmp_path / "codes",
@@ -174,7 +175,7 @@ def test_two_processes_share_the_files(model, tmp_path):
         "--no_scores",
     ]
     result = subprocess.run(
-        command, env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, check=False
+        command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, check=False
     )
     assert result.returncode != 0 and "000009.png" in result.stderr
     assert names(tmp_path / "codes") == [f"{i:06d}.png.bits" for i in range(5)]
