@@ -13,7 +13,7 @@ from torch import nn
 
 from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.models.binary_diffusion_head import BinaryDiffusionHead, timestep_features
-from bitdance_diffusers.models.block_causal_decoder import apply_rotary, block_causal_mask, rotary_1d
+from bitdance_diffusers.models.block_causal_decoder import BlockCausalMask, apply_rotary, rotary_1d
 from bitdance_diffusers.models.transformer_bitdance import sincos_2d
 from bitdance_diffusers.patch_order import patch_positions, patches_to_grid
 from bitdance_diffusers.prompt import picture_start_ids, prompt_ids, unconditional_ids
@@ -58,8 +58,8 @@ class Sequence:
         """Token ids, the last P being the first block -> the hidden states of that block (1, P, D)."""
         block_size = self.transformer.config.patch_size**2
         embeds = self.transformer.embed_tokens(torch.tensor([ids], device=self.transformer.device))
-        mask = block_causal_mask(len(ids), len(ids) - block_size, block_size, None, embeds.device)
-        return self.append(embeds, mask)[:, -block_size:]
+        mask = BlockCausalMask(len(ids), len(ids) - block_size, block_size, None, embeds.device)
+        return self.append(embeds, mask.of_chunk(0, len(ids)))[:, -block_size:]
 
     def read_patch(self, code: torch.Tensor, position_embeds: torch.Tensor) -> torch.Tensor:
         """A finished patch (1, P, C) -> its hidden states (1, P, D)."""
