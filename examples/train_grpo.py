@@ -87,6 +87,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     policy = parser.add_argument_group("objective")
     policy.add_argument("--kl_weight", type=float, default=0.01, help="reward per nat of divergence from the start")
     policy.add_argument("--clip_range", type=float, default=0.2, help="of importance ratios, about 1")
+    policy.add_argument(
+        "--action_noise",
+        choices=["drawn", "mean"],
+        default="drawn",
+        help="mean: of a step, what the paths to the same bits have in the mean (memoryless rollouts)",
+    )
     policy.add_argument("--ratio_level", choices=RATIO_LEVELS, default="step", help="what one ratio is of")
     policy.add_argument("--advantage_scale", choices=["group_std", "none"], default="group_std")
     policy.add_argument(
@@ -128,6 +134,11 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.window_size is not None and args.window_size > end - first:
         raise ValueError(f"--window_size {args.window_size} is more than the {end - first} of --trained_steps.")
+    if args.action_noise == "mean" and (args.rollout_noise != "memoryless" or args.stochastic_steps != "all"):
+        raise ValueError(
+            "--action_noise mean is for --rollout_noise memoryless in --stochastic_steps all, but they are "
+            f"{args.rollout_noise} and {args.stochastic_steps}."
+        )
     drawn = args.num_prompts * args.num_images_per_prompt
     args.train_batch_size = min(args.train_batch_size, drawn)
     if args.gradient_accumulation_steps is None:

@@ -82,6 +82,21 @@ def log_ratios(
     return (distance * (noise - distance / 2)).sum(dim=(-2, -1))
 
 
+def mean_transitions(steps: GaussianSteps, before: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """
+    Where memoryless steps lead in the mean over all paths that end in the same bits, (K, B, M, P, C): the posterior's
+    mean, `keep z + toward x` with the finished bits x. In the place of what was drawn it leaves the gradient as it is
+    in expectation (Rao-Blackwell), up to the size of the steps, and takes from it the noise of all the bits that were
+    never in doubt.
+
+    Args:
+        before (K, B, M, P, C): noisy bits that each step starts from.
+        patches (B, M, P, C): the finished bits.
+    """
+    keep, toward = (x[:, None, None, None, None] for x in (steps.keep, steps.toward))
+    return keep * before + toward * patches
+
+
 def group_advantages(rewards: torch.Tensor, group_size: int, normalize: bool = True) -> torch.Tensor:
     """
     By how much each picture's reward exceeds the mean of its prompt's pictures, which stand side by side in

@@ -22,6 +22,7 @@ from bitdance_diffusers.training.policy import (
     gaussian_kl,
     group_advantages,
     log_ratios,
+    mean_transitions,
     policy_loss,
     predict_transitions,
     subtract_kl_to_go,
@@ -126,7 +127,8 @@ class Rollout:
         prompts: of each picture.
         steps: the K trained ones.
         patches (N, M, P, C): the codes in generation order.
-        before, after (K, N, M, P, C): the noisy bits before and after the trained steps.
+        before, after (K, N, M, P, C): the noisy bits before and after the trained steps, the latter as
+            `--action_noise` says.
         rewards (N,).
         diversity: see [`pairwise_code_distance`].
     """
@@ -258,12 +260,17 @@ class PolicyTraining(TransformerRun):
                 ratings += rate(self.reward, images, batch)
         pipeline.scheduler = own_scheduler
         code = torch.cat(codes)
+        steps = self.rollout_scheduler.gaussian_steps(window)
+        patches = grid_to_patches(code, transformer.config.patch_size)
+        before, after = torch.cat(befores, dim=1), torch.cat(afters, dim=1)
+        if args.action_noise == "mean":
+            after = mean_transitions(steps, before, patches)
         return Rollout(
             prompts,
-            self.rollout_scheduler.gaussian_steps(window),
-            grid_to_patches(code, transformer.config.patch_size),
-            torch.cat(befores, dim=1),
-            torch.cat(afters, dim=1),
+            steps,
+            patches,
+            before,
+            after,
             torch.tensor(ratings, device=accelerator.device),
             pairwise_code_distance(code, args.num_images_per_prompt),
         )

@@ -197,6 +197,10 @@ def test_the_icon_world_and_the_prompts_of_a_file(t2i_pipeline, arguments):
         ({"rank": 0}, "--rank has to be at least 1"),
         ({"num_images_per_prompt": 1}, "--num_images_per_prompt has to be at least 2"),
         ({"clip_range": 0}, "--clip_range has to be between 0 and 1"),
+        (
+            {"action_noise": "mean", "rollout_noise": "sampler"},
+            "--action_noise mean is for --rollout_noise memoryless",
+        ),
         ({"kl_weight": -1}, "--kl_weight has to be at least 0"),
         ({"trained_steps": [2, 5]}, "ascending, from 0 to --rollout_steps 4, but is 2 5"),
         ({"window_size": 3, "trained_steps": [0, 2]}, "--window_size 3 is more than the 2"),

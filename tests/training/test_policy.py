@@ -11,6 +11,7 @@ from bitdance_diffusers.training.policy import (
     gaussian_kl,
     group_advantages,
     log_ratios,
+    mean_transitions,
     policy_loss,
     predict_transitions,
     subtract_kl_to_go,
@@ -89,7 +90,7 @@ def sampled_law(tree, scheduler, number=20000):
     return torch.bincount(as_number(code), minlength=2**NUM_BITS) / number
 
 
-def reinforce(tree, rewards, kl_weight, ratio_level, num_iterations=100, number=1024):
+def reinforce(tree, rewards, kl_weight, ratio_level, action_noise, num_iterations=100, number=1024):
     """Train the tree; `rewards` (2^bits,) are those of its strings, which all stand in one group."""
     reference = BitTree(tree.logits.detach().clone())
     scheduler = RolloutScheduler()
@@ -102,6 +103,8 @@ def reinforce(tree, rewards, kl_weight, ratio_level, num_iterations=100, number=
     for _ in range(num_iterations):
         code, recorder = draw(tree, scheduler, number, trained, draws)
         before, after = recorder.transitions()
+        if action_noise == "mean":
+            after = mean_transitions(steps, before, code)
         with torch.no_grad():
             expected = predict_transitions(reference, steps, before, code, positions, {}, None)
         prediction = predict_transitions(tree, steps, before, code, positions, {}, None)
@@ -117,8 +120,11 @@ def reinforce(tree, rewards, kl_weight, ratio_level, num_iterations=100, number=
         schedule.step()
 
 
-@pytest.mark.parametrize(("ratio_level", "tolerance"), [("step", 0.02), ("patch", 0.05)])
-def test_the_best_policy_of_a_toy_law_is_found(ratio_level, tolerance):
+@pytest.mark.parametrize(
+    ("ratio_level", "action_noise", "tolerance"),
+    [("step", "drawn", 0.02), ("patch", "drawn", 0.05), ("step", "mean", 0.03)],
+)
+def test_the_best_policy_of_a_toy_law_is_found(ratio_level, action_noise, tolerance):
     """
     It is `p exp(r / kl_weight)`, normalised: of all laws, that of the most reward less `kl_weight` a nat of divergence
     from p. Single steps miss it by 0.007 of total variation, by 0.03 without the divergence to go, by 0.05 with the
@@ -129,7 +135,7 @@ def test_the_best_policy_of_a_toy_law_is_found(ratio_level, tolerance):
     best = tree.law() * torch.exp(rewards / kl_weight)
     best /= best.sum()
     assert total_variation(tree.law(), best) > 0.25
-    reinforce(tree, rewards, kl_weight, ratio_level)
+    reinforce(tree, rewards, kl_weight, ratio_level, action_noise)
     # Whatever the noise that it is drawn with later
     for scheduler in (RolloutScheduler(), BinaryDiffusionScheduler(solver_type="exponential")):
         scheduler.set_timesteps(NUM_STEPS)
@@ -218,6 +224,22 @@ def test_ratio_and_divergence_are_those_of_gaussians():
     torch.testing.assert_close(log_ratios(steps, before, after, prediction, old), expected, rtol=1e-4, atol=1e-3)
     divergence = torch.distributions.kl_divergence(new, drawn).sum(dim=(-2, -1))
     torch.testing.assert_close(gaussian_kl(steps, prediction, old), divergence, rtol=1e-5, atol=0)
+
+
+def test_the_mean_of_transitions_leaves_bits_alone_that_are_not_in_doubt():
+    scheduler = RolloutScheduler()
+    scheduler.set_timesteps(5)
+    steps = scheduler.gaussian_steps([1, 3])
+    patches = torch.randn(3, 2, 4, 6, generator=generator()).sign()
+    before = torch.randn(2, *patches.shape, generator=generator(1))
+    old = patches.expand_as(before).clone()
+    old[..., :3] *= 0.4  # the last three bits are certain
+    prediction = old.clone().requires_grad_(True)
+    log_ratios(steps, before, mean_transitions(steps, before, patches), prediction, old).sum().backward()
+    assert prediction.grad[..., 3:].abs().max() < 1e-4
+    # The others go towards what was drawn, by how unlikely it was
+    weight = ((steps.toward / steps.spread) ** 2)[:, None, None, None, None]
+    torch.testing.assert_close(prediction.grad[..., :3], weight * (patches * 0.6)[..., :3].expand(2, -1, -1, -1, -1))
 
 
 def test_advantages():

