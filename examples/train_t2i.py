@@ -29,6 +29,7 @@ from icon_world.categories import parse_icon_weights
 from training.arguments import add_icons_argument, parse_arguments
 from training.checkpoints import find_checkpoint
 from training.dreambooth import add_dreambooth_arguments, check_dreambooth_arguments, load_class_pictures
+from training.lora import without_adapter
 from training.picture_run import TransformerTraining
 from training.transformer_run import (
     add_from_scratch_arguments,
@@ -61,6 +62,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises a `ValueError` that names the argument, and parses --icon_weights."""
     check_transformer_arguments(args, ("transformer_config", "vae_path", "tokenizer_path"))
     check_text_to_image_arguments(args)
+    if args.prior_targets == "predictions":
+        raise ValueError("--prior_targets predictions are of the frozen base of a LoRA: train_t2i_lora.py has them.")
 
 
 def add_text_to_image_arguments(parser: argparse.ArgumentParser) -> None:
@@ -237,10 +240,15 @@ def train(
         frames,
         class_pictures,
     )
-    row_weights = None
+    row_weights = class_rows = None
     if class_pictures is not None:  # each stands after a picture: the sum of both means is the mean of twice each
         pair = torch.tensor([2.0, 2.0 * args.prior_loss_weight], device=accelerator.device)
         row_weights = pair.repeat(args.train_batch_size)
+        class_rows = torch.tensor([False, True], device=accelerator.device).repeat(args.train_batch_size)
+
+    def predict_by_base(**inputs: torch.Tensor) -> torch.Tensor:
+        with without_adapter(transformer):
+            return run.transformer(**inputs).sample
 
     # 3. Train
     for batch, code, draws in run.batches():
@@ -259,6 +267,8 @@ def train(
             args.diff_batch_mul,
             text_loss_weight,
             row_weights,
+            predict_by_base if args.prior_targets == "predictions" else None,
+            class_rows,
         )
         parts = {"vision_loss": losses.vision_loss, "text_loss": losses.text_loss}
         run.optimize(losses.loss, parts if losses.text_loss is not None else {})

@@ -166,6 +166,8 @@ def text_to_image_loss(
     diff_batch_mul: int = 1,
     text_loss_weight: float = 0.0,
     row_weights: torch.Tensor | None = None,
+    reference: Callable[..., torch.Tensor] | None = None,
+    reference_rows: torch.Tensor | None = None,
 ) -> TextToImageLoss:
     """
     The loss of one teacher-forced forward.
@@ -181,19 +183,25 @@ def text_to_image_loss(
         text_loss_weight (`float`): above 0 the transformer needs its `lm_head` (`use_lm_head`). The original's is
             0.01.
         row_weights (B,), *optional*: of each picture in the mean of the head's loss.
+        reference, *optional*: the predictions of another transformer, given the same arguments. They are the targets
+            of `reference_rows` (B,), bool, in the place of these pictures' codes: what it knows is kept, without the
+            chance in a few pictures (learning without forgetting, arXiv 1606.09282).
     """
     batch = draw_teacher_forcing(scheduler, code, patch_size, draws, bit_flip_probability, diff_batch_mul)
-    noisy = batch.noisy
-    output = transformer(
-        noisy_code=noisy.noisy_code,
-        timestep=noisy.timestep,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        code=batch.fed_back,
-        code_positions=batch.positions[:-1],
-        condition_positions=batch.positions,
-    )
-    vision = diffusion_loss(scheduler, output.sample, noisy.target, noisy.timestep)  # (R * B, M, P)
+    noisy, target = batch.noisy, batch.noisy.target
+    of_noisy = {"noisy_code": noisy.noisy_code, "timestep": noisy.timestep}  # R * B rows
+    of_pictures = {"input_ids": input_ids, "attention_mask": attention_mask, "code": batch.fed_back}
+    positions = {"code_positions": batch.positions[:-1], "condition_positions": batch.positions}
+    if reference is not None:
+        rows = reference_rows.repeat(diff_batch_mul)
+        with torch.no_grad():
+            target[rows] = reference(
+                **{name: tensor[rows] for name, tensor in of_noisy.items()},
+                **{name: tensor[reference_rows] for name, tensor in of_pictures.items()},
+                **positions,
+            ).to(target.dtype)
+    output = transformer(**of_noisy, **of_pictures, **positions)
+    vision = diffusion_loss(scheduler, output.sample, target, noisy.timestep)  # (R * B, M, P)
     if row_weights is not None:
         vision = vision * row_weights.repeat(diff_batch_mul)[:, None, None]
     vision = vision.mean()

@@ -32,6 +32,10 @@ def add_dreambooth_arguments(parser: argparse.ArgumentParser) -> None:
         help="where they are, or are drawn if it does not exist; by default `class_pictures` in --output_dir",
     )  # fmt: skip
     group.add_argument("--prior_loss_weight", type=float, default=1.0)
+    group.add_argument(
+        "--prior_targets", choices=["pictures", "predictions"], default="pictures",
+        help="what is learnt from them; predictions: of the frozen base of a LoRA, for their noisy bits",
+    )  # fmt: skip
     group.add_argument("--sample_batch_size", type=int, default=4, help="of drawing them, per process")
 
 
@@ -46,6 +50,8 @@ def check_dreambooth_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--with_prior_preservation and --class_prompt go together.")
     if args.class_data_dir is not None and not args.with_prior_preservation:
         raise ValueError("--class_data_dir without --with_prior_preservation has no effect.")
+    if args.prior_targets != "pictures" and not args.with_prior_preservation:
+        raise ValueError(f"--prior_targets {args.prior_targets} without --with_prior_preservation has no effect.")
     if not 0 <= args.prior_loss_weight < math.inf:
         raise ValueError(f"--prior_loss_weight has to be at least 0 and finite but is {args.prior_loss_weight}.")
 

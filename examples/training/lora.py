@@ -9,6 +9,8 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -159,6 +161,16 @@ def add_adapter(args: argparse.Namespace, transformer: nn.Module) -> None:
             LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets)
         )
     cast_training_params(transformer, torch.float32)
+
+
+@contextmanager
+def without_adapter(transformer: nn.Module) -> Iterator[None]:
+    """The frozen base alone, which the run started from."""
+    transformer.disable_lora()
+    try:
+        yield
+    finally:
+        transformer.enable_lora()
 
 
 def save_adapter(folder: Path, transformer: nn.Module) -> None:

@@ -30,7 +30,7 @@ from bitdance_diffusers.training.policy import (
 from bitdance_diffusers.training.rollouts import GaussianSteps, RolloutScheduler, TransitionRecorder
 from rewards.loading import Reward, rate
 from scores.diversity import pairwise_code_distance
-from training.lora import is_adapted
+from training.lora import is_adapted, without_adapter
 from training.randomness import random_generator
 from training.transformer_run import Pipeline, Transformer, TransformerRun
 
@@ -348,11 +348,8 @@ class PolicyTraining(TransformerRun):
             yield self.reference
             return
         transformer = self.accelerator.unwrap_model(self.transformer)
-        transformer.disable_lora()
-        try:
+        with without_adapter(transformer):
             yield transformer
-        finally:
-            transformer.enable_lora()
 
     def draw_validation(self, transformer: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
         """As ever, by the pipeline's own scheduler and defaults; what the score makes of it is logged."""

@@ -189,6 +189,11 @@ def test_a_subject_beside_its_class(train, workplace):
     unweighed = adapter(train("unweighed", max_train_steps=2, prior_loss_weight=0, **options))
     assert {path: path.stat().st_mtime_ns for path in (workplace / "class").iterdir()} == before
     assert not torch.equal(*(values[next(iter(weighed))] for values in (weighed, unweighed)))
+    # Learnt from the base, which the adapter is still equal to, they change nothing in the first step either
+    first = {"max_train_steps": 1, "adam_weight_decay": 0, "prior_targets": "predictions"}
+    kept, unweighed = (adapter(train(f"kept-{w}", prior_loss_weight=w, **options, **first)) for w in (1, 0))
+    for name in unweighed:
+        torch.testing.assert_close(kept[name], unweighed[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="holds 5 of --num_class_images 6"):
         train("more", **{**options, "num_class_images": 6})
 
@@ -256,6 +261,7 @@ def test_the_codes_free_the_autoencoder(train, monkeypatch):
         ({"class_prompt": "a fox"}, "--with_prior_preservation and --class_prompt go together"),
         ({"class_data_dir": "class"}, "--class_data_dir without --with_prior_preservation has no effect"),
         ({"prior_loss_weight": -1}, "--prior_loss_weight"),
+        ({"prior_targets": "predictions"}, "--prior_targets predictions without --with_prior_preservation"),
         ({"repeats": 0}, "--repeats has to be at least 1"),
         ({"max_skipped_steps": 0}, "--max_skipped_steps has to be at least 1"),
     ],

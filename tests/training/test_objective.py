@@ -210,6 +210,33 @@ def test_text_loss_covers_the_causal_text_and_the_width_token():
     torch.testing.assert_close(text_loss(logits, input_ids, mask, 4), torch.stack(losses).mean())
 
 
+def test_rows_may_learn_from_another_transformer():
+    transformer, other = tiny_transformer(), tiny_transformer()
+    randomize_head(transformer)
+    randomize_head(other)
+    with torch.no_grad():
+        other.head.proj_out.bias.add_(0.5)
+    rows = torch.tensor([False, True, False, True])
+
+    def loss(row_weights, reference):
+        return text_to_image_loss(
+            transformer, BinaryDiffusionScheduler(), *tiny_batch(), 2, RandomDraws(generator(1)), 0.1, 2,
+            row_weights=row_weights, reference=reference, reference_rows=rows,
+        ).loss  # fmt: skip
+
+    def predict(model):
+        return lambda **inputs: model(**inputs).sample
+
+    # By itself it is right, whatever the pictures; the other rows are what they were
+    same = predict(transformer)
+    assert loss(rows.float(), same) < 1e-12
+    torch.testing.assert_close(loss(1 - rows.float(), same), loss(1 - rows.float(), None), rtol=0, atol=0)
+    # By another it is as far off as that is, and only this one learns
+    assert loss(rows.float(), predict(other)) > 0.01
+    loss(None, predict(other)).backward()
+    assert transformer.head.proj_out.bias.grad is not None and other.head.proj_out.bias.grad is None
+
+
 def test_text_loss_is_weighed_in():
     transformer = tiny_transformer(use_lm_head=True)
     draws = RandomDraws(generator(5))
