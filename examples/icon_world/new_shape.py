@@ -4,7 +4,7 @@ from functools import cached_property
 
 from icon_world.world import IconPrompt, IconWorld
 
-NEW_SHAPES = {"bolt": ("f0e7", "bolts")}  # with held-out prompts in every category
+NEW_SHAPES = {"bolt": ("f0e7", "bolts"), "square": ("f0c8", "squares")}  # with held-out prompts in every category
 
 
 class NewShapeWorld(IconWorld):

@@ -37,5 +37,5 @@ def test_a_folder_of_it(tmp_path):
     lines = (tmp_path / "bolts" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     assert len(texts) == 12 and all("bolt" in text and text != "a bolt" for text in texts)
-    with pytest.raises(ValueError, match="`new_shape` has to be one of bolt, but is 'star'"):
+    with pytest.raises(ValueError, match="`new_shape` has to be one of bolt, square, but is 'star'"):
         write_image_folder(tmp_path / "stars", 1, 0, "star")
