@@ -133,9 +133,7 @@ class RecordedForwards:
             output = transformer(**kwargs)
             if "timestep" in kwargs:
                 # The next replay of a CUDA graph overwrites what this one returned
-                chunks = [chunk.clone() if chunk.is_cuda else chunk for chunk in output[0]]
-                modulations = zip(*chunks, strict=True)
-                del chunks
+                modulations = iter(output[0].clone() if output[0].is_cuda else output[0])
             del output
 
     @property

@@ -1,11 +1,11 @@
 """Text to image as a plain loop, the way it is commonly run: what `bench_text_to_image.py --against plain_loop` times.
 
 The same weights and the same draws as `BitDancePipeline`, hence the same bits, by a loop that is written down as the
-model is described: the conditional and the unconditional sequence are passes of their own through the decoder, and one batch
-to the head, as in the released program; prompts follow one another; a sequence's cache grows by concatenation; the
-head projects its condition and its time at every evaluation; velocity, score and drift are formed step by step.
-Nothing is slowed down on purpose: there is no pass whose result is not used, only the text, which needs one, has an
-attention mask, and norms and attention are torch's own operators.
+model is described: the conditional and the unconditional sequence are passes of their own through the decoder, and
+one batch to the head, as in the released program; prompts follow one another; a sequence's cache grows by
+concatenation; the head projects its condition and its time at every evaluation; velocity, score and drift are formed
+step by step. Nothing is slowed down on purpose: there is no pass whose result is not used, only the text, which needs
+one, has an attention mask, and norms and attention are torch's own operators.
 """
 
 import torch

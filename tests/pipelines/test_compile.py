@@ -101,8 +101,7 @@ def test_compiled_with_inductor_agrees_with_eager(t2i_pipeline):
 
     def evaluate(transformer):
         modulations = transformer(condition=condition, timestep=torch.tensor([0.1, 0.3])).modulations
-        chosen = tuple(chunk[1] for chunk in modulations)
-        return modulations, transformer(noisy_code=noisy_code, modulations=chosen).sample
+        return modulations, transformer(noisy_code=noisy_code, modulations=modulations[1]).sample
 
     with torch.no_grad():
         eager = evaluate(transformer)
