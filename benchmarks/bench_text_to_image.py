@@ -19,6 +19,7 @@ Every variant is run in turn, and the median of its runs counts:
   last, all modulations and evaluations of the head) again, with the same tensors and nothing in between.
 - `in parallel`: the pipeline with --parallel_evaluations. How many calls of the head that takes depends on the
   weights, and random ones say little of others: the calls a patch are printed.
+- --pack_weights: all of them but the plain loop with oneDNN's packed weights (`pack_linear_weights`); other last bits.
 - `compiled ...`: all of them with `torch.compile(transformer)`; on a CPU with `CPU_OPTIONS` below.
 - `plain loop`: the same prompts and weights by plain_loop.py, always with the first solver and --against_steps.
 
@@ -39,6 +40,7 @@ from random_pipelines import PIXELS_PER_TOKEN, PRESETS, prompts, random_pipeline
 from roofline import find_machine, least_seconds, picture, totals
 
 from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
+from bitdance_diffusers.models.packed_linear import pack_linear_weights
 from bitdance_diffusers.sampling import DEFAULT_PARALLEL_TOLERANCE
 from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
@@ -71,6 +73,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--compile", nargs="?", const="default", metavar="MODE",
         help="also compiled, in a mode of torch.compile (a CPU has one way, with frozen weights)",
     )  # fmt: skip
+    parser.add_argument("--pack_weights", action="store_true", help="of linear layers, on a CPU")
     parser.add_argument("--attention_backend", help="one of Diffusers' attention backends")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, else bfloat16")
@@ -158,6 +161,10 @@ def main(arguments: list[str] | None = None) -> None:
     # 1. The variants
     pipeline = random_pipeline(config, device, dtype, solver_type=args.solver_type)
     transformer = pipeline.transformer
+    plain_pipeline = pipeline
+    if args.pack_weights:
+        plain_pipeline = random_pipeline(config, device, dtype, solver_type=args.solver_type)
+        pack_linear_weights(transformer)
     if args.attention_backend is not None:
         transformer.set_attention_backend(args.attention_backend)
     texts = prompts(args.batch_size)
@@ -172,7 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
         return pipeline(texts, **call, **in_parallel).images
 
     def draw_plainly() -> torch.Tensor:
-        return draw_codes(pipeline, texts, **size, num_inference_steps=args.against_steps, generators=generators())
+        return draw_codes(
+            plain_pipeline, texts, **size, num_inference_steps=args.against_steps, generators=generators()
+        )
 
     recorded = RecordedForwards(transformer)
     codes = {"pipeline": draw(pipeline)}
@@ -250,6 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
         **in_parallel,
         calls_per_patch=calls_per_patch,
         compile=args.compile,
+        pack_weights=args.pack_weights,
         attention_backend=args.attention_backend,
         dtype=args.dtype,
         against_steps=args.against_steps if args.against is not None else None,

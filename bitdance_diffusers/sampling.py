@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler, update_sample
 
-DEFAULT_PARALLEL_TOLERANCE = 1e-3
+DEFAULT_PARALLEL_TOLERANCE = 1e-2
 EARLY_STOP_INTERVAL = 2  # evaluations from one look at whether all is settled to the next: the host waits for it
 
 
