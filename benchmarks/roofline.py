@@ -190,9 +190,9 @@ def _measure_bandwidth(size: int = 2**27) -> float:
 
 
 # Calls of the head a patch that evaluation in parallel takes at the default tolerance, by the number of evaluations
-# and how many of them at once: means over 12 pictures of examples/pretrained/icons-64, each drawn alone. Other
-# weights may take more or fewer.
-MEASURED_CALLS = {51: {4: 15.6, 8: 9.4, 16: 7.6}, 20: {4: 7.3, 8: 5.2, 16: 7.0}}
+# and how many of them at once (51 by `euler_maruyama`, 20 by `exponential_2m`): means over 12 pictures of
+# examples/pretrained/icons-64, each drawn alone. Other weights may take more or fewer.
+MEASURED_CALLS = {51: {4: 15.0, 8: 9.1, 16: 6.3}, 20: {4: 7.4, 8: 5.6, 16: 6.8}}
 TEXT_LENGTH = 30  # tokens in front of the first block
 
 
