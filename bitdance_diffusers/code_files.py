@@ -31,7 +31,6 @@ import torch
 
 from .generation import SamplingSettings
 from .patch_order import grid_to_patches, patches_to_grid
-from .sampling import DEFAULT_PARALLEL_TOLERANCE
 
 MAGIC = b"\x89BDCODE\n"
 VERSION = 1
@@ -263,7 +262,8 @@ def _read_state(state: dict[str, Any], header: CodeHeader, code: torch.Tensor) -
     check("num_given", all(is_integer(number, 0, num_tokens) for number in num_given))
 
     # Files that were written before there was evaluation in parallel do not speak of it
-    settings = {"parallel_evaluations": None, "parallel_tolerance": DEFAULT_PARALLEL_TOLERANCE} | state["settings"]
+    defaults = {name: getattr(SamplingSettings, name) for name in ("parallel_evaluations", "parallel_tolerance")}
+    settings = defaults | state["settings"]
     check("settings", settings.keys() == {field.name for field in dataclasses.fields(SamplingSettings)})
     num_steps, interval = settings["num_inference_steps"], settings["guidance_interval"]
     check("num_inference_steps", is_integer(num_steps, 1, 2**16))

@@ -206,8 +206,9 @@ class BinaryDiffusionHead(nn.Module):
             condition_embeds = self.condition_proj(condition)
             timestep_embeds = self.time_embed(timestep_features(timestep).to(condition_embeds.dtype))
             embeds = nn.functional.silu(timestep_embeds + condition_embeds)  # (..., R, P, G)
-            layers = (*self.modulations, self.norm_out.linear)
-            modulations = torch.cat([layer(embeds) for layer in layers], dim=-1).unflatten(-1, (-1, embeds.shape[-1]))
+            parts = [layer(embeds) for layer in (*self.modulations, self.norm_out.linear)]
+            parts = [part.to(parts[-1].device) for part in parts]  # a `device_map` may have split them
+            modulations = torch.cat(parts, dim=-1).unflatten(-1, (-1, embeds.shape[-1]))
             modulations[..., ::3, :] += 1
         if hidden_states is None:
             return modulations
