@@ -15,6 +15,7 @@ R is rows (patches denoised side by side), P = patch_size^2 tokens a patch.
 """
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -196,6 +197,12 @@ MEASURED_CALLS = {51: {4: 15.0, 8: 9.1, 16: 6.3}, 20: {4: 7.4, 8: 5.6, 16: 6.8}}
 TEXT_LENGTH = 30  # tokens in front of the first block
 
 
+@functools.cache
+def full_config(preset: str) -> Mapping[str, Any]:
+    with torch.device("meta"):
+        return BitDanceTransformer(**PRESETS[preset][0]).config
+
+
 def least_of_14b(
     preset: str,
     machine: Machine,
@@ -205,9 +212,7 @@ def least_of_14b(
     window: tuple[int, float] | None,
 ) -> float:
     """Seconds a picture of 1024 x 1024 pixels, bfloat16, with or without unconditional rows."""
-    config, side = PRESETS[preset]
-    with torch.device("meta"):
-        config = BitDanceTransformer(**config).config
+    config, side = full_config(preset), PRESETS[preset][1]
     text_lengths = [TEXT_LENGTH + config["patch_size"] ** 2] * batch_size * (2 if guided else 1)
     num_patches = (side // config["patch_size"]) ** 2
     return least_seconds(picture(config, text_lengths, num_patches, num_evaluations, 2, window), machine) / batch_size

@@ -256,7 +256,7 @@ def test_device_map_splits_the_head_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "first_moved", ["layers.1", "norm_out", "head.proj_in", "head.modulations.0", "head.norm_out.linear"]
+    "first_moved", ["layers.1", "norm_out", "head.proj_in", "head.modulations.0", "head.proj_out"]
 )
 @torch.no_grad()
 def test_layers_on_two_devices(first_moved):
