@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         modulations = transformer(condition=condition, timestep=torch.full((1,), 0.3, device=device)).modulations
         call = {
             "noisy_code": torch.randn(num_rows, patch_tokens, bits, device=device),
-            "modulations": tuple(chunk[0] for chunk in modulations),
+            "modulations": modulations[0],
         }
         products = matrix_products(transformer, call)
 

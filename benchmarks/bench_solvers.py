@@ -4,12 +4,16 @@
     python benchmarks/bench_solvers.py --variants euler_maruyama:51 exponential_2m:20 --pictures_per_category 200
     python benchmarks/bench_solvers.py --variants exponential_2m:20 exponential_2m:20:early_stop_threshold=0.95 \
         exponential_2m:20:guidance_interval=0,0.7
+    python benchmarks/bench_solvers.py --variants euler_maruyama:51 \
+        euler_maruyama:51:parallel_evaluations=8:parallel_tolerance=0.01
 
 Every variant draws the same prompts from the same seeds, training prompts (`evaluate.py icons --split validation`), as
-this is where a default is chosen. `rows` are the rows that the head evaluated for a picture and patch, two in a guided
-evaluation (an early stop saves more in smaller batches). The score is that of `examples/evaluate.py icons`, the mean
-over its six categories; the difference from the first variant has a 95 % interval by resampling prompts within their
-categories (bootstrap), which keeps the two pictures of a prompt together.
+this is where a default is chosen. `calls` are those of the head for a patch, `rows` the rows that it evaluated for a
+picture and patch, two in a guided evaluation (an early stop saves more in smaller batches, and evaluation in parallel
+takes as many calls as the picture of a batch that takes most). `bits` is the share that differs from the first
+variant's, which says something of variants with the same solver and number of evaluations. The score is that of
+`examples/evaluate.py icons`, the mean over its six categories; the difference from the first variant has a 95 %
+interval by resampling prompts within their categories (bootstrap), which keeps the two pictures of a prompt together.
 """
 
 import argparse
@@ -35,16 +39,18 @@ VARIANTS = ["euler_maruyama:51"] + [f"exponential_2m:{number}" for number in (8,
 NUM_RESAMPLES = 2000
 
 
-def parse_option(text: str) -> tuple[str, float | list[float]]:
+def parse_option(text: str) -> tuple[str, int | float | list[float]]:
     name, _, value = text.partition("=")
-    if name == "early_stop_threshold":
+    if name in ("early_stop_threshold", "parallel_tolerance"):
         return name, float(value)
+    if name == "parallel_evaluations":
+        return name, int(value)
     if name == "guidance_interval":
         return name, [float(time) for time in value.split(",")]
     raise ValueError
 
 
-def parse_variant(text: str) -> tuple[str, int, dict[str, float | list[float]]]:
+def parse_variant(text: str) -> tuple[str, int, dict[str, int | float | list[float]]]:
     try:
         solver, number, *options = text.split(":")
         evaluations, call = int(number), dict(map(parse_option, options))
@@ -53,7 +59,8 @@ def parse_variant(text: str) -> tuple[str, int, dict[str, float | list[float]]]:
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} has to be SOLVER:EVALUATIONS, with at least 2 evaluations, and may go on with "
-            "':early_stop_threshold=0.95' and ':guidance_interval=0,0.7'."
+            "':early_stop_threshold=0.95', ':guidance_interval=0,0.7', ':parallel_evaluations=8' and "
+            "':parallel_tolerance=0.01'."
         ) from None
     return solver, evaluations, call
 
@@ -65,26 +72,38 @@ def score(
     solver: str,
     call: dict[str, Any],
     args: argparse.Namespace,
-) -> tuple[np.ndarray, float]:
-    """Which of the prompts' pictures are right: bool, in their order; and the head's rows per picture and patch."""
+) -> tuple[np.ndarray, torch.Tensor, float, float]:
+    """
+    Which of the prompts' pictures are right: bool, in their order; their codes, int8; the head's calls per patch, and
+    its rows per picture and patch.
+    """
     pipe.scheduler = BinaryDiffusionScheduler.from_config(pipe.scheduler.config, solver_type=solver)
-    rows = patches = 0
+    codes, calls, rows, drawn_at_once, drawn = [], 0, 0, 0, 0
 
     def count(module: BitDanceTransformer, _: tuple, inputs: dict[str, Any]) -> None:
-        nonlocal rows
-        rows += len(inputs["noisy_code"]) if "noisy_code" in inputs else 0
+        nonlocal calls, rows
+        if "noisy_code" in inputs:
+            calls, rows = calls + 1, rows + len(inputs["noisy_code"])
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        nonlocal patches
+        nonlocal drawn_at_once, drawn
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = pipe(prompts, guidance_scale=args.guidance_scale, generator=generators, **call).images
-        patches += len(prompts) * pipe.num_timesteps
-        return images
+        call_of_batch = {
+            "guidance_scale": args.guidance_scale,
+            "generator": generators,
+            "output_type": "latent",
+            **call,
+        }
+        code = pipe(prompts, **call_of_batch).images
+        codes.append(code.to("cpu", torch.int8))
+        drawn_at_once, drawn = drawn_at_once + pipe.num_timesteps, drawn + len(prompts) * pipe.num_timesteps
+        return pipe.decode_latents(code, "pil", generators)
 
     hook = pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
     rated = rate_pictures(world, prompts, draw, args.seed, args.batch_size)
     hook.remove()
-    return np.array([not one.reason for one in rated]), rows / patches
+    right = np.array([not one.reason for one in rated])
+    return right, torch.cat(codes), calls / drawn_at_once, rows / drawn
 
 
 def mean_over_categories(right: np.ndarray, members: list[np.ndarray]) -> float:
@@ -123,20 +142,22 @@ def main() -> None:
     categories = np.array([world.parse(prompt).category for prompt in prompts])
     members = [np.flatnonzero(categories == category) for category in CATEGORIES]
 
-    rows, record, reference = [], [], None
+    rows, record, reference, reference_code = [], [], None, None
     for solver, evaluations, options in args.variants:
         call = {"num_inference_steps": evaluations - 1, **options}
-        right, head_rows = score(pipe, world, prompts, solver, call, args)
-        reference = right if reference is None else reference
+        right, code, calls, head_rows = score(pipe, world, prompts, solver, call, args)
+        if reference is None:
+            reference, reference_code = right, code
         delta, low, high = difference(right, reference, members)
-        result = {"rows": head_rows, "score": mean_over_categories(right, members)}
+        bits = (code != reference_code).float().mean().item()
+        result = {"calls": calls, "rows": head_rows, "bits": bits, "score": mean_over_categories(right, members)}
         result |= {"difference": delta, "low": low, "high": high}
         result |= {name: float(right[rows].mean()) for name, rows in zip(CATEGORIES, members, strict=True)}
         record.append({"solver": solver, "evaluations": evaluations, **options, **result})
         named = ", ".join(f"{name} {value}" for name, value in options.items())
-        rows.append([solver, evaluations, named, *(f"{value:.3f}" for value in result.values())])
+        rows.append([solver, evaluations, named, *(f"{value:.4g}" for value in result.values())])
         print(rows[-1], flush=True)
-    headings = ["solver", "evaluations", "", "rows", "score", "difference", "from", "to", *CATEGORIES]
+    headings = ["solver", "evaluations", "", "calls", "rows", "bits", "score", "difference", "from", "to", *CATEGORIES]
     print_table(headings, rows)
     print_record("solvers", pipe.device, num_pictures=len(prompts), model=args.model, variants=record)
 

@@ -4,6 +4,7 @@
     python benchmarks/bench_text_to_image.py --preset small --compile --against plain_loop --batch_size 8
     python benchmarks/bench_text_to_image.py --preset small --compile --against plain_loop \
         --solver_type exponential_2m --num_inference_steps 19
+    python benchmarks/bench_text_to_image.py --preset tiny --compile --against plain_loop --parallel_evaluations 8
     python benchmarks/bench_text_to_image.py --preset 14b-64x --device cuda --compile
     python benchmarks/bench_text_to_image.py --config examples/configs/icons_transformer.json --height 128 --width 128
 
@@ -16,7 +17,10 @@ Every variant is run in turn, and the median of its runs counts:
 - `pipeline`: `BitDancePipeline` with `output_type="latent"`.
 - `bare forwards`: what the pipeline's call asked of the transformer (the text, a decoder pass for every patch but the
   last, all modulations and evaluations of the head) again, with the same tensors and nothing in between.
-- `compiled ...`: both with `torch.compile(transformer)`; on a CPU with `CPU_OPTIONS` below.
+- `in parallel`: the pipeline with --parallel_evaluations. How many calls of the head that takes depends on the
+  weights, and random ones say little of others: the calls a patch are printed.
+- --pack_weights: all of them but the plain loop with oneDNN's packed weights (`pack_linear_weights`); other last bits.
+- `compiled ...`: all of them with `torch.compile(transformer)`; on a CPU with `CPU_OPTIONS` below.
 - `plain loop`: the same prompts and weights by plain_loop.py, always with the first solver and --against_steps.
 
 `roofline` is the least time that operations and bytes take on this machine (roofline.py), divided by the time.
@@ -36,6 +40,8 @@ from random_pipelines import PIXELS_PER_TOKEN, PRESETS, prompts, random_pipeline
 from roofline import find_machine, least_seconds, picture, totals
 
 from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
+from bitdance_diffusers.models.packed_linear import pack_linear_weights
+from bitdance_diffusers.sampling import DEFAULT_PARALLEL_TOLERANCE
 from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
 # What makes torch.compile fast on a CPU: constant, prepacked weights; calls from C++; loops over a few thousand
@@ -61,10 +67,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=7.5)
     parser.add_argument("--solver_type", choices=SOLVERS, default="euler_maruyama")
+    parser.add_argument("--parallel_evaluations", type=int, help="also so many evaluations of the head at once")
+    parser.add_argument("--parallel_tolerance", type=float, default=DEFAULT_PARALLEL_TOLERANCE)
     parser.add_argument(
         "--compile", nargs="?", const="default", metavar="MODE",
         help="also compiled, in a mode of torch.compile (a CPU has one way, with frozen weights)",
     )  # fmt: skip
+    parser.add_argument("--pack_weights", action="store_true", help="of linear layers, on a CPU")
     parser.add_argument("--attention_backend", help="one of Diffusers' attention backends")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, else bfloat16")
@@ -133,9 +142,7 @@ class RecordedForwards:
             output = transformer(**kwargs)
             if "timestep" in kwargs:
                 # The next replay of a CUDA graph overwrites what this one returned
-                chunks = [chunk.clone() if chunk.is_cuda else chunk for chunk in output[0]]
-                modulations = zip(*chunks, strict=True)
-                del chunks
+                modulations = iter(output[0].clone() if output[0].is_cuda else output[0])
             del output
 
     @property
@@ -154,6 +161,10 @@ def main(arguments: list[str] | None = None) -> None:
     # 1. The variants
     pipeline = random_pipeline(config, device, dtype, solver_type=args.solver_type)
     transformer = pipeline.transformer
+    plain_pipeline = pipeline
+    if args.pack_weights:
+        plain_pipeline = random_pipeline(config, device, dtype, solver_type=args.solver_type)
+        pack_linear_weights(transformer)
     if args.attention_backend is not None:
         transformer.set_attention_backend(args.attention_backend)
     texts = prompts(args.batch_size)
@@ -162,18 +173,29 @@ def main(arguments: list[str] | None = None) -> None:
     def generators() -> list[torch.Generator]:
         return [torch.Generator(device).manual_seed(seed) for seed in range(args.batch_size)]
 
-    def draw(pipeline: BitDancePipeline) -> torch.Tensor:
+    def draw(pipeline: BitDancePipeline, **in_parallel: Any) -> torch.Tensor:
         steps = args.num_inference_steps
         call = {**size, "num_inference_steps": steps, "generator": generators(), "output_type": "latent"}
-        return pipeline(texts, **call).images
+        return pipeline(texts, **call, **in_parallel).images
 
     def draw_plainly() -> torch.Tensor:
-        return draw_codes(pipeline, texts, **size, num_inference_steps=args.against_steps, generators=generators())
+        return draw_codes(
+            plain_pipeline, texts, **size, num_inference_steps=args.against_steps, generators=generators()
+        )
 
     recorded = RecordedForwards(transformer)
     codes = {"pipeline": draw(pipeline)}
     recorded.stop()
     variants = {"pipeline": lambda: draw(pipeline), "bare forwards": lambda: recorded.replay(transformer)}
+    num_patches = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN) // transformer.config.patch_size**2
+    in_parallel, calls_per_patch = {}, None
+    if args.parallel_evaluations is not None:
+        in_parallel = {name: getattr(args, name) for name in ("parallel_evaluations", "parallel_tolerance")}
+        recorded_in_parallel = RecordedForwards(transformer)
+        codes["in parallel"] = draw(pipeline, **in_parallel)
+        recorded_in_parallel.stop()
+        calls_per_patch = sum("noisy_code" in kwargs for kwargs, _ in recorded_in_parallel.calls) / num_patches
+        variants["in parallel"] = lambda: draw(pipeline, **in_parallel)
     compile_seconds = None
     if args.compile is not None:
         compiled = compiled_pipeline(pipeline, args.compile)
@@ -183,6 +205,9 @@ def main(arguments: list[str] | None = None) -> None:
         compile_seconds = time.perf_counter() - start
         variants["compiled pipeline"] = lambda: draw(compiled)
         variants["compiled bare forwards"] = lambda: recorded.replay(compiled.transformer)
+        if in_parallel:
+            codes["compiled in parallel"] = draw(compiled, **in_parallel)
+            variants["compiled in parallel"] = lambda: draw(compiled, **in_parallel)
     if args.against is not None:
         codes["plain loop"] = draw_plainly()
         variants["plain loop"] = draw_plainly
@@ -192,17 +217,21 @@ def main(arguments: list[str] | None = None) -> None:
     median = medians(seconds)
 
     # 3. Report
-    num_patches = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN) // transformer.config.patch_size**2
-    forwards = picture(
-        transformer.config, recorded.text_lengths, num_patches, args.num_inference_steps + 1, dtype.itemsize
-    )
+    sizes = transformer.config, recorded.text_lengths, num_patches, args.num_inference_steps + 1, dtype.itemsize
+    forwards = picture(*sizes)
     flops, moved = totals(forwards)
     machine = find_machine(device, dtype)
-    least = None if machine is None else least_seconds(forwards, machine)
+    least = least_in_parallel = None
+    if machine is not None:
+        least = least_seconds(forwards, machine)
+        if in_parallel:
+            window = args.parallel_evaluations, calls_per_patch
+            least_in_parallel = least_seconds(picture(*sizes, window), machine)
     rows = []
     for name, total in median.items():
         row = [name, total, total / args.batch_size]
-        row.append("" if least is None else f"{least / total:.1%}")
+        bound = least_in_parallel if "in parallel" in name else least
+        row.append("" if bound is None else f"{bound / total:.1%}")
         if args.against is not None:
             row.append(f"{median['plain loop'] / total:.2f}x")
         rows.append(row)
@@ -213,6 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
     if machine is not None:
         peaks = f"{machine.flops / 1e9:.4g} GFLOP/s, {machine.bandwidth / 1e9:.4g} GB/s"
         print(f"least time {least:.4g} s ({machine.name}: {peaks})")
+    if in_parallel:
+        print(f"in parallel: {calls_per_patch:.1f} calls of the head a patch")
     if compile_seconds is not None:
         print(f"first call of the compiled pipeline: {compile_seconds:.1f} s")
     print_record(
@@ -225,7 +256,10 @@ def main(arguments: list[str] | None = None) -> None:
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         solver_type=args.solver_type,
+        **in_parallel,
+        calls_per_patch=calls_per_patch,
         compile=args.compile,
+        pack_weights=args.pack_weights,
         attention_backend=args.attention_backend,
         dtype=args.dtype,
         against_steps=args.against_steps if args.against is not None else None,
@@ -238,6 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
         peak_flops=None if machine is None else machine.flops,
         peak_bandwidth=None if machine is None else machine.bandwidth,
         least_seconds=least,
+        least_seconds_in_parallel=least_in_parallel,
     )
 
 

@@ -1,10 +1,11 @@
 """Text to image as a plain loop, the way it is commonly run: what `bench_text_to_image.py --against plain_loop` times.
 
 The same weights and the same draws as `BitDancePipeline`, hence the same bits, by a loop that is written down as the
-model is described: the conditional and the unconditional sequence are passes of their own, and prompts follow one
-another; a sequence's cache grows by concatenation; the head projects its condition and its time at every evaluation;
-velocity, score and drift are formed step by step. Nothing is slowed down on purpose: there is no pass whose result is
-not used, only the text, which needs one, has an attention mask, and norms and attention are torch's own operators.
+model is described: the conditional and the unconditional sequence are passes of their own through the decoder, and
+one batch to the head, as in the released program; prompts follow one another; a sequence's cache grows by
+concatenation; the head projects its condition and its time at every evaluation; velocity, score and drift are formed
+step by step. Nothing is slowed down on purpose: there is no pass whose result is not used, only the text, which needs
+one, has an attention mask, and norms and attention are torch's own operators.
 """
 
 import torch
@@ -69,7 +70,7 @@ class Sequence:
 def evaluate_head(
     head: BinaryDiffusionHead, noisy: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor
 ) -> torch.Tensor:
-    """Noisy bits (1, P, C) at one time (1, 1), and the condition (1, P, D) -> clean bits (1, P, C)."""
+    """Noisy bits (R, P, C) at one time (1, 1), and the condition (R, P, D) -> clean bits (R, P, C)."""
     time_embeds = head.time_embed(timestep_features(timestep).to(condition.dtype))
     embeds = nn.functional.silu(time_embeds + head.condition_proj(condition))
     hidden_states = head.proj_in(noisy.to(condition.dtype))
@@ -94,26 +95,24 @@ def evaluate_head(
 
 def denoise(
     head: BinaryDiffusionHead,
-    conditions: list[torch.Tensor],
+    condition: torch.Tensor,
     timesteps: torch.Tensor,
     guidance_scale: float,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
     """
-    The bits of one patch (1, P, C) as -1 and +1. `conditions` are the conditional one (1, P, D) and, with guidance,
+    The bits of one patch (1, P, C) as -1 and +1. `condition` (1 or 2, P, D) is the conditional one and, with guidance,
     the unconditional; `timesteps` (n + 1,) the nodes from 0 to 0.95.
     """
-    device = conditions[0].device
-    shape = (1, conditions[0].shape[1], head.proj_in.in_features)
+    device = condition.device
+    shape = (1, condition.shape[1], head.proj_in.in_features)
 
     def guided_velocity(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        velocities = []
-        for condition in conditions:
-            prediction = evaluate_head(head, sample, t.expand(1, 1), condition).float()
-            velocities.append((prediction - sample) / (1 - t).clamp(min=0.05))
+        prediction = evaluate_head(head, sample.expand(len(condition), -1, -1), t.expand(1, 1), condition).float()
+        velocities = (prediction - sample) / (1 - t).clamp(min=0.05)
         if len(velocities) == 1:
-            return velocities[0]
-        conditional, unconditional = velocities
+            return velocities
+        conditional, unconditional = velocities.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
     sample = randn_tensor(shape, generator, device, torch.float32)
@@ -165,7 +164,7 @@ def draw_codes(
             if patches:
                 code = patches[-1].to(transformer.dtype)
                 hidden_states = [sequence.read_patch(code, position_embeds[i - 1]) for sequence in sequences]
-            conditions = [x + embeds for x in hidden_states]
-            patches.append(denoise(transformer.head, conditions, timesteps, guidance_scale, generator))
+            condition = torch.cat(hidden_states) + embeds
+            patches.append(denoise(transformer.head, condition, timesteps, guidance_scale, generator))
         codes.append(patches_to_grid(torch.stack(patches, dim=1), *side_tokens))
     return torch.cat(codes)

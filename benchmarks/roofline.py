@@ -1,5 +1,10 @@
 """What a picture costs at least: operations and bytes, counted from a transformer's config.
 
+    python benchmarks/roofline.py --machine "H100 80GB HBM3"
+
+prints that least for BitDance-14B on a machine, for one evaluation of the head after the other and for several in
+parallel, and the best number of these.
+
 Operations are those of matrix products and attention, a multiply and an add being two. Bytes are what has to move from
 and to memory even with a perfect kernel: every weight once per forward, the keys and values seen and written, a
 forward's inputs and outputs. Hidden states inside a forward are left out. A forward takes at least the longer of its
@@ -9,6 +14,8 @@ one before.
 R is rows (patches denoised side by side), P = patch_size^2 tokens a patch.
 """
 
+import argparse
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +23,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from common import print_table
+from random_pipelines import PRESETS
 
+from bitdance_diffusers import BitDanceTransformer
 from bitdance_diffusers.generation import split_timesteps
 from bitdance_diffusers.models.binary_diffusion_head import TIMESTEP_FEATURES
 
@@ -45,7 +55,7 @@ class Work:
 
     flops: float
     bytes: float
-    count: int = 1
+    count: float = 1
 
     def seconds(self, machine: Machine) -> float:
         """The least time of all runs together."""
@@ -105,9 +115,11 @@ def picture(
     num_patches: int,
     num_evaluations: int,
     element_size: int,
+    window: tuple[int, float] | None = None,
 ) -> dict[str, list[Work]]:
     """
     All forwards of a batch: `text` (the prefill), `feedback` (the decoder passes after it), `modulations` and `head`.
+    `window` is the number of evaluations in parallel, and how many calls of the head a patch then takes.
 
     `text_lengths` has the tokens in front of the picture for every row, conditional and unconditional ones, the block
     of `<|res_w|>` and queries included. The text of a row is counted as causal, that is half of the square.
@@ -119,14 +131,19 @@ def picture(
     for i in range(1, num_patches):
         visible = sum(text_lengths) / rows + i * patch_tokens
         feedback.append(decoder_pass(config, rows, patch_tokens, visible, element_size))
-    chunks = split_timesteps(torch.empty(num_evaluations), rows * patch_tokens)
+    if window is None:
+        parallel_evaluations, calls = 1, num_evaluations
+        chunks = split_timesteps(torch.empty(num_evaluations), rows * patch_tokens)
+    else:
+        parallel_evaluations, calls = window
+        chunks = [torch.empty(num_evaluations)]
     modulations = [head_modulations(config, rows, len(chunk), element_size) for chunk in chunks]
-    head = head_evaluation(config, rows, element_size)
+    head = head_evaluation(config, rows * parallel_evaluations, element_size)
     return {
         "text": [text],
         "feedback": feedback,
         "modulations": [replace(work, count=num_patches) for work in modulations],
-        "head": [replace(head, count=num_patches * num_evaluations)],
+        "head": [replace(head, count=num_patches * calls)],
     }
 
 
@@ -171,3 +188,65 @@ def _measure_bandwidth(size: int = 2**27) -> float:
     """Of a copy, bytes read and written."""
     source, target = torch.ones(size // 4), torch.ones(size // 4)
     return 2 * size / _best_seconds(lambda: target.copy_(source))
+
+
+# Calls of the head a patch that evaluation in parallel takes at the default tolerance, by the number of evaluations
+# and how many of them at once (51 by `euler_maruyama`, 20 by `exponential_2m`): means over 12 pictures of
+# examples/pretrained/icons-64, each drawn alone. Other weights may take more or fewer.
+MEASURED_CALLS = {51: {4: 15.0, 8: 9.1, 16: 6.3}, 20: {4: 7.4, 8: 5.6, 16: 6.8}}
+TEXT_LENGTH = 30  # tokens in front of the first block
+
+
+@functools.cache
+def full_config(preset: str) -> Mapping[str, Any]:
+    with torch.device("meta"):
+        return BitDanceTransformer(**PRESETS[preset][0]).config
+
+
+def least_of_14b(
+    preset: str,
+    machine: Machine,
+    batch_size: int,
+    num_evaluations: int,
+    guided: bool,
+    window: tuple[int, float] | None,
+) -> float:
+    """Seconds a picture of 1024 x 1024 pixels, bfloat16, with or without unconditional rows."""
+    config, side = full_config(preset), PRESETS[preset][1]
+    text_lengths = [TEXT_LENGTH + config["patch_size"] ** 2] * batch_size * (2 if guided else 1)
+    num_patches = (side // config["patch_size"]) ** 2
+    return least_seconds(picture(config, text_lengths, num_patches, num_evaluations, 2, window), machine) / batch_size
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    machines = {machine.name: machine for machine in GPUS}
+    parser.add_argument("--machine", choices=list(machines), default=GPUS[0].name)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    args = parser.parse_args(arguments)
+    machine = machines[args.machine]
+    columns = [(preset, size) for preset in ("14b-64x", "14b-16x") for size in args.batch_sizes]
+    rows = []
+    for guided, num_evaluations in (
+        (True, 51),
+        (True, 20),
+        (False, 51),
+        (False, 20),
+        (False, 4),
+        (False, 2),
+        (False, 1),
+    ):
+        windows = [None, *MEASURED_CALLS.get(num_evaluations, {}).items()]
+        least = [[least_of_14b(preset, machine, size, num_evaluations, guided, window) for preset, size in columns]
+                 for window in windows]  # fmt: skip
+        named = f"{num_evaluations} evaluations, {'guided' if guided else 'no unconditional rows'}"
+        for window, seconds in zip(windows, least, strict=True):
+            rows.append([named if window is None else f"{named}, {window[0]} in parallel", *seconds])
+        if len(windows) > 1:
+            best = [min(range(len(windows)), key=lambda i, j=j: least[i][j]) for j in range(len(columns))]
+            rows.append(["best in parallel", *("none" if i == 0 else windows[i][0] for i in best)])
+    print_table(["seconds a picture", *(f"{preset}, batch of {size}" for preset, size in columns)], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -261,7 +261,9 @@ def _read_state(state: dict[str, Any], header: CodeHeader, code: torch.Tensor) -
     check("num_given", type(num_given) is list and len(num_given) == num_patches)
     check("num_given", all(is_integer(number, 0, num_tokens) for number in num_given))
 
-    settings = state["settings"]
+    # Files that were written before there was evaluation in parallel do not speak of it
+    defaults = {name: getattr(SamplingSettings, name) for name in ("parallel_evaluations", "parallel_tolerance")}
+    settings = defaults | state["settings"]
     check("settings", settings.keys() == {field.name for field in dataclasses.fields(SamplingSettings)})
     num_steps, interval = settings["num_inference_steps"], settings["guidance_interval"]
     check("num_inference_steps", is_integer(num_steps, 1, 2**16))
@@ -272,6 +274,9 @@ def _read_state(state: dict[str, Any], header: CodeHeader, code: torch.Tensor) -
     check("guidance_interval", interval is None or (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1))
     threshold = settings["early_stop_threshold"]
     check("early_stop_threshold", threshold is None or 0 < threshold < 1)
+    window, tolerance = settings["parallel_evaluations"], settings["parallel_tolerance"]
+    check("parallel_evaluations", window is None or is_integer(window, 2, 2**16))
+    check("parallel_tolerance", type(tolerance) in (int, float) and 0 <= tolerance < math.inf)
 
     known = (bits_of("known", height, width) + 1) // 2  # (h, w), 0 or 1
     patches = grid_to_patches((code * known)[None], patch_size)[0]  # (M, P, C)

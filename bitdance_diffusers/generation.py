@@ -18,7 +18,13 @@ import torch
 from .models.block_causal_decoder import StaticKVCache
 from .models.transformer_mixin import BitDanceTransformerMixin
 from .patch_order import grid_to_patches, patches_to_grid
-from .sampling import denoise_patch, draw_halves_noise, draw_patch_noise
+from .sampling import (
+    DEFAULT_PARALLEL_TOLERANCE,
+    denoise_patch,
+    denoise_patch_in_parallel,
+    draw_halves_noise,
+    draw_patch_noise,
+)
 from .schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 
 # Modulations are formed for so many tokens at once or up to twice that, of as many evaluations of the head as that
@@ -61,6 +67,8 @@ class SamplingSettings:
         guidance_interval (pair of `float`, *optional*): times between which the prediction is guided; None: all.
         early_stop_threshold (`float`, *optional*): see [`denoise_patch`].
         first_step (`int`): steps that are left out of every patch, which then starts from the picture's source.
+        parallel_evaluations (`int`, *optional*), parallel_tolerance (`float`): see [`denoise_patch_in_parallel`]; None
+            evaluates one after the other.
     """
 
     num_inference_steps: int
@@ -69,11 +77,31 @@ class SamplingSettings:
     guidance_interval: tuple[float, float] | None = None
     early_stop_threshold: float | None = None
     first_step: int = 0
+    parallel_evaluations: int | None = None
+    parallel_tolerance: float = DEFAULT_PARALLEL_TOLERANCE
 
     def guidance_of_patch(self, index: int, num_patches: int) -> float:
         if self.guidance_schedule == "linear":
             return 1 + (self.guidance_scale - 1) * index / num_patches
         return self.guidance_scale
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedScheduler:
+    """
+    What depends on the settings alone, prepared once for all patches.
+
+    Args:
+        scheduler: holds the settings' times.
+        guided_evaluations: which of its n + 1 evaluations are guided; None: all.
+        coefficients (n, 3): the scheduler's `step_coefficients` on the device.
+        guided_on_device (n + 1,), bool: the guided evaluations on the device.
+    """
+
+    scheduler: BinaryDiffusionScheduler
+    guided_evaluations: list[bool] | None
+    coefficients: torch.Tensor
+    guided_on_device: torch.Tensor | None
 
 
 @dataclasses.dataclass
@@ -227,7 +255,7 @@ class Generation:
         self._dtype = prefix.dtype
         self.condition_argument = condition_argument
         self.scheduler = scheduler
-        self._prepared_schedulers: dict[tuple, tuple[BinaryDiffusionScheduler, list[bool] | None]] = {}
+        self._prepared_schedulers: dict[tuple, PreparedScheduler] = {}
         self._own_generators = isinstance(generator, list)
         self._batch_generator = None if self._own_generators else generator
 
@@ -394,7 +422,8 @@ class Generation:
         self, pictures: list[Picture], settings: SamplingSettings, guidance_scale: float | None, separate: bool
     ) -> None:
         """Draw the next patch of pictures of one kind; `separate`ly in their conditional and unconditional rows."""
-        scheduler, guided_evaluations = self._prepare_scheduler(settings)
+        prepared = self._prepare_scheduler(settings)
+        scheduler = prepared.scheduler
         halves = [False] if guidance_scale is None and not separate else [False, True]
         place_of_row = {row: place for place, row in enumerate(self._rows)}
         places = [place_of_row[picture, half] for half in halves for picture in pictures]
@@ -412,7 +441,7 @@ class Generation:
         if settings.first_step:
             source_code = torch.stack([picture.source[picture.index] for picture in pictures]).repeat(repeats, 1, 1)
 
-        def predict(noisy_code: torch.Tensor, modulations: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        def predict(noisy_code: torch.Tensor, modulations: torch.Tensor) -> torch.Tensor:
             return self.transformer(
                 noisy_code=noisy_code,
                 modulations=modulations,
@@ -420,41 +449,58 @@ class Generation:
                 return_dict=False,
             )[0]
 
-        def form_modulations() -> Iterator[tuple[torch.Tensor, ...]]:
-            timesteps_left = scheduler.timesteps[settings.first_step :]
-            for timesteps in split_timesteps(timesteps_left, condition.shape[0] * condition.shape[1]):
-                torch._dynamo.maybe_mark_dynamic(timesteps, 0)
-                chunks = self.transformer(
-                    condition=condition,
-                    timestep=timesteps,
-                    attention_kwargs=self.attention_kwargs,
-                    return_dict=False,
-                )[0]
-                if condition.device.type in GRAPH_DEVICES:
-                    chunks = [chunk.clone() for chunk in chunks]
-                yield from zip(*chunks, strict=True)
-                del chunks  # before the next part is formed
+        def form_modulations(timesteps: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.maybe_mark_dynamic(timesteps, 0)
+            modulations = self.transformer(
+                condition=condition,
+                timestep=timesteps,
+                attention_kwargs=self.attention_kwargs,
+                return_dict=False,
+            )[0]
+            return modulations.clone() if condition.device.type in GRAPH_DEVICES else modulations
 
-        prediction = denoise_patch(
-            predict,
-            form_modulations(),
-            noise,
-            scheduler,
-            guidance_scale,
-            guided_evaluations,
-            settings.early_stop_threshold,
-            known_code,
-            source_code,
-            settings.first_step,
-        )
+        timesteps_left = scheduler.timesteps[settings.first_step :]
+
+        def form_in_parts() -> Iterator[torch.Tensor]:
+            for timesteps in split_timesteps(timesteps_left, condition.shape[0] * condition.shape[1]):
+                yield from form_modulations(timesteps)
+
+        if settings.parallel_evaluations is None:
+            prediction = denoise_patch(
+                predict,
+                form_in_parts(),
+                noise,
+                scheduler,
+                guidance_scale,
+                prepared.guided_evaluations,
+                settings.early_stop_threshold,
+                known_code,
+                source_code,
+                settings.first_step,
+            )
+        else:
+            prediction = denoise_patch_in_parallel(
+                predict,
+                form_modulations(timesteps_left),
+                noise,
+                scheduler,
+                prepared.coefficients,
+                guidance_scale,
+                settings.parallel_evaluations,
+                settings.parallel_tolerance,
+                prepared.guided_on_device,
+                settings.early_stop_threshold,
+                known_code,
+                source_code,
+                settings.first_step,
+            )
         bits = torch.where(prediction > 0, 1.0, -1.0)
         for i, picture in enumerate(pictures):
             picture.patches[picture.index] = bits[i]
             if separate:
                 picture.unconditional_first_patch = bits[len(pictures) + i]
 
-    def _prepare_scheduler(self, settings: SamplingSettings) -> tuple[BinaryDiffusionScheduler, list[bool] | None]:
-        """A scheduler that holds the settings' times, and which of their evaluations are guided, None being all."""
+    def _prepare_scheduler(self, settings: SamplingSettings) -> PreparedScheduler:
         key = settings.num_inference_steps, settings.guidance_interval
         if key not in self._prepared_schedulers:
             scheduler, guided_evaluations = copy.copy(self.scheduler), None
@@ -463,7 +509,9 @@ class Generation:
                 low, high = settings.guidance_interval
                 times = scheduler.timesteps.tolist()
                 guided_evaluations = [low - TIME_TOLERANCE <= t <= high + TIME_TOLERANCE for t in times]
-            self._prepared_schedulers[key] = scheduler, guided_evaluations
+            coefficients = torch.tensor(scheduler.step_coefficients, device=self.device)
+            guided = None if guided_evaluations is None else torch.tensor(guided_evaluations, device=self.device)
+            self._prepared_schedulers[key] = PreparedScheduler(scheduler, guided_evaluations, coefficients, guided)
         return self._prepared_schedulers[key]
 
     def _gather_cache(self, sources: list[tuple[StaticKVCache, int]]) -> StaticKVCache:

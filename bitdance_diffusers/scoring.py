@@ -53,7 +53,7 @@ def _average_predictions(
         formed = transformer(
             condition=rows, timestep=timestep[None], attention_kwargs=attention_kwargs, return_dict=False
         )[0]
-        modulations = tuple(chunk[0].clone() for chunk in formed)  # a later call may overwrite what this one returned
+        modulations = formed[0].clone()  # a later call may overwrite what this one returned
         del formed
         for one in draws:
             noisy = scheduler.add_noise(clean, one.expand_as(clean), timestep)

@@ -123,7 +123,7 @@ def start(request, t2i_pipeline, class_pipeline):
         pipeline, call = class_pipeline("class_p4"), {"class_labels": [1, 2], "guidance_schedule": "linear"}
     else:
         pipeline, call = t2i_pipeline(), {"prompt": ["a fox", "two"], "height": 16, "width": 16}
-        call |= {"guidance_interval": (0.1, 0.8), "early_stop_threshold": 0.99}
+        call |= {"guidance_interval": (0.1, 0.8), "early_stop_threshold": 0.99, "parallel_evaluations": 2}
     if "given" in request.param:
         call["latents"] = torch.zeros(2, pipeline.transformer.config.in_channels, 4, 4)
         call["latents"][:, :, 2:, :2] = 1
@@ -194,6 +194,8 @@ def test_a_forged_state_is_refused(start, path):
         change(guidance_scale=float("nan")),
         change(guidance_interval=[1, 0]),
         change(early_stop_threshold=2),
+        change(parallel_evaluations=1),
+        change(parallel_tolerance=-1),
         change(first_step=3),
         change(settings={}),
     ):

@@ -185,8 +185,8 @@ class BinaryDiffusionHead(nn.Module):
         hidden_states: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
         condition: torch.Tensor | None = None,
-        modulations: tuple[torch.Tensor, ...] | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        modulations: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             hidden_states (R, P, C): noisy bits, any float dtype. Without them nothing is predicted: the call returns
@@ -198,33 +198,32 @@ class BinaryDiffusionHead(nn.Module):
             modulations: what an earlier call returned, in place of the two; of one evaluation.
 
         Returns:
-            (R, P, C): the predicted clean bits, in (-1, 1) if the head is `bounded`. Without noisy bits the chunks of
-            all modulations, each (..., R, P, G): 6 (without attention 3) of every modulation layer, 2 of the last
-            norm. A scale s stands there as 1 + s.
+            (R, P, C): the predicted clean bits, in (-1, 1) if the head is `bounded`. Without noisy bits all
+            modulations as one tensor (..., R, P, K, G): 6 chunks (without attention 3) of every modulation layer, then
+            2 of the last norm. A scale s, every third chunk from the first on, stands there as 1 + s.
         """
         if modulations is None:
             condition_embeds = self.condition_proj(condition)
             timestep_embeds = self.time_embed(timestep_features(timestep).to(condition_embeds.dtype))
             embeds = nn.functional.silu(timestep_embeds + condition_embeds)  # (..., R, P, G)
-            modulations = ()
-            for modulation in self.modulations:
-                chunks = modulation(embeds).chunk(self.blocks[0].num_modulation_chunks, dim=-1)
-                modulations += tuple(1 + chunk if i % 3 == 0 else chunk for i, chunk in enumerate(chunks))
-            scale, shift = self.norm_out.linear(embeds).chunk(2, dim=-1)
-            modulations += (1 + scale, shift)
+            parts = [layer(embeds) for layer in (*self.modulations, self.norm_out.linear)]
+            parts = [part.to(parts[-1].device) for part in parts]  # a `device_map` may have split them
+            modulations = torch.cat(parts, dim=-1).unflatten(-1, (-1, embeds.shape[-1]))
+            modulations[..., ::3, :] += 1
         if hidden_states is None:
             return modulations
 
-        hidden_states = self.proj_in(hidden_states.to(modulations[0].dtype))
+        hidden_states = self.proj_in(hidden_states.to(modulations.dtype))
+        chunks = modulations.unbind(dim=-2)
         blocks_per_modulation = len(self.blocks) // len(self.modulations)
         for i, block in enumerate(self.blocks):
             first = i // blocks_per_modulation * block.num_modulation_chunks
-            modulation = modulations[first : first + block.num_modulation_chunks]
+            modulation = chunks[first : first + block.num_modulation_chunks]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, *modulation)
             else:
                 hidden_states = block(hidden_states, *modulation)
-        prediction = self.proj_out(self.norm_out(hidden_states, *modulations[-2:]))
+        prediction = self.proj_out(self.norm_out(hidden_states, *chunks[-2:]))
         return 2 * torch.sigmoid(prediction) - 1 if self.bounded else prediction
 
 

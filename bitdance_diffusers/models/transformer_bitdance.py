@@ -136,7 +136,7 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
         condition_positions: torch.Tensor | None = None,
         kv_cache: StaticKVCache | None = None,
         condition: torch.Tensor | None = None,
-        modulations: tuple[torch.Tensor, ...] | None = None,
+        modulations: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> BitDanceTransformerOutput | tuple[torch.Tensor, ...]:
@@ -165,7 +165,7 @@ class BitDanceTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin):
                 of this call are their condition: K + 1 with a text, one while decoding.
             kv_cache: the cache, extended by the length of this call.
             condition (R, P, D): of a patch, as an earlier call returned it.
-            modulations: of one evaluation, each (R, P, G): slices of what an earlier call returned.
+            modulations (R, P, K, G): of one evaluation, a slice of what an earlier call returned.
             attention_kwargs: `scale` for LoRA, as in Diffusers.
 
         Raises:

@@ -121,7 +121,7 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
         condition_indices: torch.Tensor | None = None,
         kv_cache: StaticKVCache | None = None,
         condition: torch.Tensor | None = None,
-        modulations: tuple[torch.Tensor, ...] | None = None,
+        modulations: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> BitDanceTransformerOutput | tuple[torch.Tensor, ...]:
@@ -147,7 +147,7 @@ class BitDanceClassTransformer(BitDanceTransformerMixin, ModelMixin, ConfigMixin
                 last F' blocks of this call are their condition: F + 1 with a class, one while decoding.
             kv_cache: the cache, extended by the length of this call.
             condition (R, P, D): of a patch, as an earlier call returned it.
-            modulations: of one evaluation, each (R, P, G): slices of what an earlier call returned.
+            modulations (R, P, K, G): of one evaluation, a slice of what an earlier call returned.
             attention_kwargs: `scale` for LoRA, as in Diffusers.
 
         Raises:

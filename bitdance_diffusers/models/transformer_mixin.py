@@ -28,14 +28,14 @@ class BitDanceTransformerOutput(BaseOutput):
     Args:
         sample (R, P, C) or (B, M, P, C): predicted clean bits.
         condition (B, K, P, D): the head's condition, one for each of the last K blocks.
-        modulations: of k evaluations of the head, each (k, R, P, G), as [`BinaryDiffusionHead`] orders them.
+        modulations (k, R, P, K, G): of k evaluations of the head, as [`BinaryDiffusionHead`] orders their chunks.
         inputs_embeds (B, L, D): embedded token ids (text to image).
         text_logits (B, L, vocab_size): next-token logits of the text part (text to image).
     """
 
     sample: torch.Tensor | None = None
     condition: torch.Tensor | None = None
-    modulations: tuple[torch.Tensor, ...] | None = None
+    modulations: torch.Tensor | None = None
     inputs_embeds: torch.Tensor | None = None
     text_logits: torch.Tensor | None = None
 

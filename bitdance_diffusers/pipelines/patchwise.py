@@ -172,6 +172,8 @@ class PatchwisePipelineMixin:
         attention_kwargs: dict[str, Any] | None,
         guidance_interval: tuple[float, float] | None,
         early_stop_threshold: float | None,
+        parallel_evaluations: int | None,
+        parallel_tolerance: float,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
         if guidance_interval is not None:
@@ -189,6 +191,16 @@ class PatchwisePipelineMixin:
                 raise TypeError(f"`early_stop_threshold` is {early_stop_threshold!r}; it has to be a number, or None.")
             if not 0 < early_stop_threshold < 1:
                 raise ValueError(f"`early_stop_threshold` is {early_stop_threshold}; it has to be between 0 and 1.")
+        if parallel_evaluations is not None:
+            check_positive_integer("parallel_evaluations", parallel_evaluations)
+            if parallel_evaluations < 2:
+                raise ValueError(
+                    f"`parallel_evaluations` is {parallel_evaluations}; it has to be at least 2, or None."
+                )
+        if not is_number(parallel_tolerance):
+            raise TypeError(f"`parallel_tolerance` is {parallel_tolerance!r}; it has to be a number.")
+        if not 0 <= parallel_tolerance < float("inf"):
+            raise ValueError(f"`parallel_tolerance` is {parallel_tolerance}; it has to be finite and at least 0.")
         if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
             raise TypeError(f"`attention_kwargs` is {attention_kwargs!r}; it has to be a dictionary.")
         generators = generator if isinstance(generator, list) else [] if generator is None else [generator]

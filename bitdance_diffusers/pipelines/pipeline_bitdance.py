@@ -13,6 +13,7 @@ from ..generation import Generation
 from ..loaders.lora import BitDanceLoraLoaderMixin
 from ..loaders.original_text_to_image import OriginalTextToImageMixin
 from ..patch_order import patches_to_grid
+from ..sampling import DEFAULT_PARALLEL_TOLERANCE
 from ..scoring import confidence_of_code, score_code
 from .pipeline_output import BitDancePipelineOutput
 from .text_conditioned import TextConditionedPipelineMixin
@@ -51,6 +52,8 @@ class BitDancePipeline(
         max_sequence_length: int = 1024,
         guidance_interval: tuple[float, float] | None = None,
         early_stop_threshold: float | None = None,
+        parallel_evaluations: int | None = None,
+        parallel_tolerance: float = DEFAULT_PARALLEL_TOLERANCE,
     ) -> Generation:
         """
         The batch of pictures that a call with these arguments draws, before its first patch: what [`~.__call__`] runs
@@ -76,6 +79,8 @@ class BitDancePipeline(
             "max_sequence_length": max_sequence_length,
             "guidance_interval": guidance_interval,
             "early_stop_threshold": early_stop_threshold,
+            "parallel_evaluations": parallel_evaluations,
+            "parallel_tolerance": parallel_tolerance,
         }
         self.check_inputs(**call)
         return self._start_generation(**call)
@@ -104,6 +109,8 @@ class BitDancePipeline(
         max_sequence_length: int = 1024,
         guidance_interval: tuple[float, float] | None = None,
         early_stop_threshold: float | None = None,
+        parallel_evaluations: int | None = None,
+        parallel_tolerance: float = DEFAULT_PARALLEL_TOLERANCE,
         best_of: int = 1,
         num_candidates_per_row: int = 1,
         num_kept_per_row: int = 1,
@@ -145,6 +152,13 @@ class BitDancePipeline(
             early_stop_threshold (`float`, *optional*): between 0 and 1; a patch of a picture is finished at the first
                 evaluation of the head whose conditional predictions are all at least so far from 0. A lower
                 threshold saves more evaluations and changes more bits. None evaluates all.
+            parallel_evaluations (`int`, *optional*): so many evaluations of the head, at least 2, are guessed ahead
+                and made as one batch (Shih et al., 2023, arXiv 2305.16317): fewer and wider calls, which pay where
+                reading the weights takes longer than multiplying, as for few pictures on a GPU. None makes one after
+                the other.
+            parallel_tolerance (`float`): with `parallel_evaluations`, how far a guess may have been from where it
+                belongs (noisy bits have the scale 1). A larger one takes fewer calls and changes more bits; at 0 they
+                are those of one evaluation after the other, to rounding.
             best_of (`int`): draw so many candidates of every picture side by side and return the best one by the
                 `scorer`. Each has a generator of its own, seeded by draws from what `generator` is.
             num_candidates_per_row (`int`): draw so many continuations of every row of patches, and go on with the best
@@ -183,6 +197,8 @@ class BitDancePipeline(
             max_sequence_length,
             guidance_interval,
             early_stop_threshold,
+            parallel_evaluations,
+            parallel_tolerance,
         )
 
         prompts = prompt if isinstance(prompt, list) else [prompt]

@@ -10,6 +10,7 @@ from diffusers.image_processor import PipelineImageInput
 
 from ..generation import Generation
 from ..loaders.lora import BitDanceLoraLoaderMixin
+from ..sampling import DEFAULT_PARALLEL_TOLERANCE
 from .pipeline_output import BitDancePipelineOutput
 from .text_conditioned import TextConditionedPipelineMixin
 
@@ -44,6 +45,8 @@ class BitDanceImg2ImgPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
         max_sequence_length: int = 1024,
         guidance_interval: tuple[float, float] | None = None,
         early_stop_threshold: float | None = None,
+        parallel_evaluations: int | None = None,
+        parallel_tolerance: float = DEFAULT_PARALLEL_TOLERANCE,
     ) -> Generation:
         """The batch of pictures that a call with these arguments draws, before its first patch."""
         image, height, width = self.prepare_image(image, height, width)
@@ -66,6 +69,8 @@ class BitDanceImg2ImgPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
             "max_sequence_length": max_sequence_length,
             "guidance_interval": guidance_interval,
             "early_stop_threshold": early_stop_threshold,
+            "parallel_evaluations": parallel_evaluations,
+            "parallel_tolerance": parallel_tolerance,
         }
         self.check_inputs(**call)
         self.check_source_inputs(prompt, prompt_embeds, strength, image=image)
@@ -97,6 +102,8 @@ class BitDanceImg2ImgPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
         max_sequence_length: int = 1024,
         guidance_interval: tuple[float, float] | None = None,
         early_stop_threshold: float | None = None,
+        parallel_evaluations: int | None = None,
+        parallel_tolerance: float = DEFAULT_PARALLEL_TOLERANCE,
     ) -> BitDancePipelineOutput | tuple:
         """
         Draw pictures after others. The arguments that are not named here are those of [`BitDancePipeline`].
@@ -143,6 +150,8 @@ class BitDanceImg2ImgPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
             max_sequence_length,
             guidance_interval,
             early_stop_threshold,
+            parallel_evaluations,
+            parallel_tolerance,
         )
 
         # 2. Patch by patch: denoise the next one, then feed it back

@@ -14,6 +14,7 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 from ..generation import Generation
 from ..loaders.lora import BitDanceLoraLoaderMixin
 from ..patch_order import grid_to_patches
+from ..sampling import DEFAULT_PARALLEL_TOLERANCE
 from ..scoring import score_code
 from ..search import CandidateSearch
 from .image_inputs import read_masks, resize_masks
@@ -56,6 +57,8 @@ class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
         max_sequence_length: int = 1024,
         guidance_interval: tuple[float, float] | None = None,
         early_stop_threshold: float | None = None,
+        parallel_evaluations: int | None = None,
+        parallel_tolerance: float = DEFAULT_PARALLEL_TOLERANCE,
     ) -> Generation:
         """
         The batch of pictures that a call with these arguments draws, before its first patch.
@@ -82,6 +85,8 @@ class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
             "max_sequence_length": max_sequence_length,
             "guidance_interval": guidance_interval,
             "early_stop_threshold": early_stop_threshold,
+            "parallel_evaluations": parallel_evaluations,
+            "parallel_tolerance": parallel_tolerance,
         }
         self.check_inputs(**call)
         self.check_source_inputs(prompt, prompt_embeds, strength, image=image, mask_image=mask)
@@ -115,6 +120,8 @@ class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
         max_sequence_length: int = 1024,
         guidance_interval: tuple[float, float] | None = None,
         early_stop_threshold: float | None = None,
+        parallel_evaluations: int | None = None,
+        parallel_tolerance: float = DEFAULT_PARALLEL_TOLERANCE,
         paste_source: bool = True,
         num_candidates: int = 1,
     ) -> BitDancePipelineOutput | tuple:
@@ -176,6 +183,8 @@ class BitDanceInpaintPipeline(TextConditionedPipelineMixin, DiffusionPipeline, B
             max_sequence_length,
             guidance_interval,
             early_stop_threshold,
+            parallel_evaluations,
+            parallel_tolerance,
         )
         search = self._look_ahead(generation, int(num_candidates)) if num_candidates > 1 else None
 

@@ -116,6 +116,8 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
         max_sequence_length: int,
         guidance_interval: tuple[float, float] | None,
         early_stop_threshold: float | None,
+        parallel_evaluations: int | None,
+        parallel_tolerance: float,
     ) -> None:
         """Raises a `ValueError` or `TypeError` that names the argument, its value and what is allowed."""
         self._check_text_components()
@@ -197,6 +199,8 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
             attention_kwargs,
             guidance_interval,
             early_stop_threshold,
+            parallel_evaluations,
+            parallel_tolerance,
         )
 
     def embed_tokens(self, ids: list[int], device: torch.device) -> torch.Tensor:
@@ -377,6 +381,8 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
         max_sequence_length: int,
         guidance_interval: tuple[float, float] | None,
         early_stop_threshold: float | None,
+        parallel_evaluations: int | None,
+        parallel_tolerance: float,
         image: torch.Tensor | None = None,
         redrawn: torch.Tensor | None = None,
         strength: float = 1.0,
@@ -453,6 +459,8 @@ class TextConditionedPipelineMixin(PatchwisePipelineMixin):
                 guidance_interval=None if guidance_interval is None else tuple(guidance_interval),
                 early_stop_threshold=early_stop_threshold,
                 first_step=first_step,
+                parallel_evaluations=None if parallel_evaluations is None else int(parallel_evaluations),
+                parallel_tolerance=float(parallel_tolerance),
             ),
             generator,
             attention_kwargs,

@@ -80,10 +80,12 @@ def test_text_to_image_runs(config, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ["--config", str(tmp_path / "config.json"), "--height", "64", "--width", "64", "--runs", "2"]
     arguments += ["--batch_size", "2", "--num_inference_steps", "4", "--against", "plain_loop", "--against_steps", "4"]
+    arguments += ["--parallel_evaluations", "2"]
     bench_text_to_image.main(arguments)
     record = read_record(capsys.readouterr().out)
-    assert record["equal_bits"] == {"pipeline": 1.0, "plain loop": 1.0}
-    assert record["seconds"].keys() == {"pipeline", "bare forwards", "plain loop"}
+    assert record["equal_bits"] == {"pipeline": 1.0, "in parallel": 1.0, "plain loop": 1.0}
+    assert record["seconds"].keys() == {"pipeline", "bare forwards", "in parallel", "plain loop"}
+    assert 5 / 2 <= record["calls_per_patch"] <= 5
     assert all(len(runs) == 2 and min(runs) > 0 for runs in record["seconds"].values())
     assert record["least_seconds"] > 0
 
@@ -110,6 +112,9 @@ def test_variants_of_solvers():
     assert bench_solvers.parse_variant("exponential_2m:20") == ("exponential_2m", 20, {})
     options = {"early_stop_threshold": 0.95, "guidance_interval": [0, 0.7]}
     parsed = bench_solvers.parse_variant("exponential:8:early_stop_threshold=0.95:guidance_interval=0,0.7")
+    assert parsed == ("exponential", 8, options)
+    options = {"parallel_evaluations": 8, "parallel_tolerance": 0.01}
+    parsed = bench_solvers.parse_variant("exponential:8:parallel_evaluations=8:parallel_tolerance=0.01")
     assert parsed == ("exponential", 8, options)
     for bad in (
         "exponential",

@@ -1,5 +1,7 @@
 """The counts against torch's own, and the least times against those that were worked out by hand for an H100."""
 
+import dataclasses
+
 import pytest
 import roofline
 import torch
@@ -51,9 +53,7 @@ def test_operations_and_weights_of_a_head_evaluation(use_swiglu):
         modulations = transformer(condition=condition, timestep=times).modulations
     noisy = torch.randn(rows, 4, 6)
     work = roofline.head_evaluation(transformer.config, rows, element_size=4)
-    assert work.flops == count(
-        lambda: transformer(noisy_code=noisy, modulations=tuple(chunk[0] for chunk in modulations))
-    )
+    assert work.flops == count(lambda: transformer(noisy_code=noisy, modulations=modulations[0]))
     head = transformer.head
     hoisted = (head.time_embed, head.condition_proj, head.modulations, head.norm_out)
     matrices = [sum(p.numel() for p in part.parameters() if p.ndim == 2) for part in (head, *hoisted)]
@@ -102,3 +102,22 @@ def test_least_seconds_a_picture_on_an_h100(preset, batch_size, seconds):
     text_lengths = [30 + config["patch_size"] ** 2] * 2 * batch_size
     forwards = roofline.picture(config, text_lengths, (side // config["patch_size"]) ** 2, 51, element_size=2)
     assert roofline.least_seconds(forwards, H100) / batch_size == pytest.approx(seconds, rel=0.01)
+
+
+def test_evaluations_in_parallel(transformer):
+    """Calls of more rows, all modulations formed at once; a window of one evaluation changes nothing else."""
+    sizes = transformer.config, [9, 9], 4, 11, 4
+    plain, alone = roofline.picture(*sizes), roofline.picture(*sizes, window=(1, 11))
+    assert plain["head"] == alone["head"] and plain["feedback"] == alone["feedback"]
+    parallel = roofline.picture(*sizes, window=(4, 3.5))
+    assert parallel["head"] == [dataclasses.replace(roofline.head_evaluation(transformer.config, 8, 4), count=14)]
+    assert parallel["modulations"] == [dataclasses.replace(roofline.head_modulations(*sizes[:1], 2, 11, 4), count=4)]
+
+
+def test_the_table_of_a_machine(capsys):
+    """Where weights bind, evaluations in parallel pay; where products do, they do not."""
+    roofline.main(["--batch_sizes", "1", "64"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "seconds a picture" and "14b-16x, batch of 64" in lines[0]
+    one, many = next(line for line in lines if line.startswith("best in parallel")).split()[-2:]
+    assert int(one) >= 4 and many == "none"

@@ -25,9 +25,9 @@ def test_modulations_made_beforehand_give_the_same():
         head = make_head(use_swiglu)
         noisy, condition, timesteps = torch.randn(3, 4, 8), torch.randn(3, 4, 24), torch.rand(5)
         modulations = head(timestep=timesteps[:, None, None], condition=condition)
-        assert [tuple(chunk.shape) for chunk in modulations] == [(5, 3, 4, 32)] * (6 + 6 + 2)
-        for timestep, *modulation in zip(timesteps, *modulations, strict=True):
-            hoisted = head(noisy, modulations=tuple(modulation))
+        assert modulations.shape == (5, 3, 4, 6 + 6 + 2, 32)
+        for timestep, modulation in zip(timesteps, modulations, strict=True):
+            hoisted = head(noisy, modulations=modulation)
             expected = head(noisy, timestep=timestep.expand(3, 1), condition=condition)
             torch.testing.assert_close(hoisted, expected, atol=1e-6, rtol=0)
             assert hoisted.abs().max() < 1

@@ -66,7 +66,7 @@ def test_teacher_forcing_equals_cached_decoding(patch_size, checkpointing):
             torch.testing.assert_close(output.condition[:, 0], whole.condition[:, i].detach(), atol=1e-5, rtol=0)
             # From the modulations of the times of all rows: row r takes its own
             modulations = model(condition=output.condition[:, 0], timestep=inputs["timestep"][:, i]).modulations
-            modulations = tuple(chunk[torch.arange(3), torch.arange(3)] for chunk in modulations)
+            modulations = modulations[torch.arange(3), torch.arange(3)]
             sample = model(noisy_code=inputs["noisy_code"][:, i], modulations=modulations).sample
             torch.testing.assert_close(sample, whole.sample[:, i].detach(), atol=1e-5, rtol=0)
 

@@ -70,8 +70,20 @@ def test_class_pipeline_compiled_once(class_pipeline, graphs):
         assert graphs.count == 4  # class, fed-back patch, modulations and denoising
 
 
+def test_parallel_evaluations_compile_once(t2i_pipeline, graphs):
+    pipeline = t2i_pipeline()
+    expected = draw(pipeline)
+    pipeline.transformer.compile(fullgraph=True, backend=graphs)
+    for prompt in ("a fox", "a fox"):
+        assert torch.equal(draw(pipeline, prompt, parallel_evaluations=3), expected)
+        assert graphs.count == 5  # as one after the other
+
+
+@pytest.mark.parametrize("parallel_evaluations", [None, 2])
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
-def test_outputs_may_be_overwritten_by_the_next_call(t2i_pipeline, class_pipeline, guidance_scale, monkeypatch):
+def test_outputs_may_be_overwritten_by_the_next_call(
+    t2i_pipeline, class_pipeline, guidance_scale, parallel_evaluations, monkeypatch
+):
     """As those of a CUDA graph are: `mode="reduce-overhead"`."""
     monkeypatch.setattr(generation_module, "GRAPH_DEVICES", ("cpu",))
     for pipeline, call in (
@@ -79,6 +91,7 @@ def test_outputs_may_be_overwritten_by_the_next_call(t2i_pipeline, class_pipelin
         (class_pipeline("class_p4"), {"class_labels": 1}),
     ):
         call |= {"num_inference_steps": 4, "guidance_scale": guidance_scale, "output_type": "latent"}
+        call |= {"parallel_evaluations": parallel_evaluations}
         pipeline.scheduler.register_to_config(solver_type="exponential_2m")
         expected = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
         returned = []
@@ -101,8 +114,7 @@ def test_compiled_with_inductor_agrees_with_eager(t2i_pipeline):
 
     def evaluate(transformer):
         modulations = transformer(condition=condition, timestep=torch.tensor([0.1, 0.3])).modulations
-        chosen = tuple(chunk[1] for chunk in modulations)
-        return modulations, transformer(noisy_code=noisy_code, modulations=chosen).sample
+        return modulations, transformer(noisy_code=noisy_code, modulations=modulations[1]).sample
 
     with torch.no_grad():
         eager = evaluate(transformer)

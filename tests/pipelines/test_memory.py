@@ -200,8 +200,7 @@ def test_modulations_are_let_go_before_the_next_are_formed(t2i_pipeline, draw, e
 
     def remember(module, args, kwargs, output):
         if "timestep" in kwargs:
-            whole = (chunk if chunk._base is None else chunk._base for chunk in output[0])
-            formed.extend(weakref.ref(chunk) for chunk in whole)
+            formed.append(weakref.ref(output[0] if output[0]._base is None else output[0]._base))
 
     pipeline.transformer.register_forward_pre_hook(check, with_kwargs=True)
     pipeline.transformer.register_forward_hook(remember, with_kwargs=True)

@@ -22,6 +22,7 @@ def as_numpy(value, integer, real):
 @pytest.mark.parametrize("kinds", [(np.int64, np.float32), (np.uint8, np.float64)])
 def test_arguments(t2i_pipeline, class_pipeline, kinds):
     common = {"num_inference_steps": 3, "guidance_scale": 4.5, "early_stop_threshold": 0.25, "output_type": "latent"}
+    common |= {"parallel_evaluations": 2, "parallel_tolerance": 0.25}
     sizes = {"height": 8, "width": 16, "num_images_per_prompt": 2, "max_sequence_length": 64}
     for pipeline, call in (
         (t2i_pipeline(), {"prompt": "a fox", "guidance_interval": (0.0, 0.75), **sizes, **common}),

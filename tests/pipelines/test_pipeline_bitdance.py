@@ -425,7 +425,10 @@ def test_a_text_tokenizer_of_another_checkpoint_is_refused(t2i_pipeline):
 
 
 class TestFewerEvaluations:
-    """`guidance_interval` and `early_stop_threshold`: off by default, and no picture depends on its neighbours."""
+    """
+    `guidance_interval`, `early_stop_threshold` and `parallel_evaluations`: off by default, and no picture depends on
+    its neighbours.
+    """
 
     CALL = {**QUICK, "num_inference_steps": 19, "guidance_scale": 4.0}
 
@@ -473,7 +476,22 @@ class TestFewerEvaluations:
         _, rows = drawn("a", [0], early_stop_threshold=1e-9)
         assert len(rows) == 2  # everything is at the first, which is looked at after the second
 
-    @pytest.mark.parametrize("call", [{"guidance_interval": (0.1, 0.6)}, {"early_stop_threshold": 0.15}])
+    def test_parallel_evaluations(self, drawn):
+        plain, _ = drawn("a", [0])
+        for tolerance, most_calls in ((0, 20), (1e-3, 16)):
+            parallel, rows = drawn("a", [0], parallel_evaluations=4, parallel_tolerance=tolerance)
+            assert torch.equal(parallel, plain)
+            assert set(rows) == {4 * 2} and len(rows) <= most_calls
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            {"guidance_interval": (0.1, 0.6)},
+            {"early_stop_threshold": 0.15},
+            {"parallel_evaluations": 4, "parallel_tolerance": 1e-2},
+            {"parallel_evaluations": 4, "early_stop_threshold": 0.15, "guidance_interval": (0.1, 0.6)},
+        ],
+    )
     def test_together_equal_each_alone(self, drawn, call):
         prompts = ["a", "two yellow stars", "b c d"]
         together, rows_together = drawn(prompts, range(3), **call)
@@ -523,6 +541,12 @@ class TestBadInput:
             (ValueError, "`guidance_interval` is \\(0, 1000\\)", {"guidance_interval": (0, 1000)}),
             (TypeError, "`early_stop_threshold` is True", {"early_stop_threshold": True}),
             (ValueError, "`early_stop_threshold` is 1", {"early_stop_threshold": 1}),
+            (TypeError, "`parallel_evaluations` is 2.5", {"parallel_evaluations": 2.5}),
+            (ValueError, "`parallel_evaluations` is 1; .* at least 2", {"parallel_evaluations": 1}),
+            (ValueError, "`parallel_evaluations` is -3", {"parallel_evaluations": -3}),
+            (TypeError, "`parallel_tolerance` is None", {"parallel_tolerance": None}),
+            (ValueError, "`parallel_tolerance` is -0.1", {"parallel_tolerance": -0.1}),
+            (ValueError, "`parallel_tolerance` is inf", {"parallel_tolerance": float("inf")}),
             (ValueError, "`prompt` is an empty list", {"prompt": []}),
             (TypeError, "`prompt` is 3", {"prompt": 3}),
             (TypeError, "`prompt` holds 3", {"prompt": ["a", 3]}),

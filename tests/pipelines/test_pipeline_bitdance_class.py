@@ -64,7 +64,10 @@ class TestReferenceCase:
         torch.testing.assert_close(predictions[-1].repeat(2, 1, 1), last, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("savings", [{}, {"guidance_interval": (0.2, 0.7)}, {"early_stop_threshold": 0.1}])
+@pytest.mark.parametrize(
+    "savings",
+    [{}, {"guidance_interval": (0.2, 0.7)}, {"early_stop_threshold": 0.1}, {"parallel_evaluations": 3}],
+)
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_labels_together_equal_each_alone(class_pipeline, schedule, savings):
     pipeline = class_pipeline("class_p4")
@@ -75,10 +78,19 @@ def test_labels_together_equal_each_alone(class_pipeline, schedule, savings):
         with_kwargs=True,
     )
     together = pipeline([1, 7, 3], generator=[seeded(i) for i in range(3)], **call, **savings).images
-    assert (sum(rows) < 16 * 10 * 6) == bool(savings)
+    assert (sum(rows) < 16 * 10 * 6) == ("parallel_evaluations" not in savings and bool(savings))
     for i, label in enumerate([1, 7, 3]):
         alone = pipeline(label, generator=seeded(i), **call, **savings).images
         assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_parallel_evaluations_draw_the_same_bits(class_pipeline, schedule):
+    """Also in the first patch of the linear schedule, whose two halves are sampled separately."""
+    pipeline = class_pipeline("class_p4")
+    call = {**QUICK, "num_inference_steps": 9, "guidance_schedule": schedule}
+    expected = pipeline([1, 7], generator=seeded(0), **call).images
+    assert torch.equal(pipeline([1, 7], generator=seeded(0), **call, parallel_evaluations=4).images, expected)
 
 
 def test_linear_schedule_samples_the_first_patch_in_two_halves(class_pipeline, monkeypatch):
@@ -227,6 +239,8 @@ class TestLabels:
         ({"num_inference_steps": 0}, ValueError, "`num_inference_steps` is 0"),
         ({"guidance_interval": 0.5}, TypeError, "`guidance_interval` is 0.5"),
         ({"early_stop_threshold": 0.0}, ValueError, "`early_stop_threshold` is 0.0"),
+        ({"parallel_evaluations": 1}, ValueError, "`parallel_evaluations` is 1"),
+        ({"parallel_tolerance": "small"}, TypeError, "`parallel_tolerance` is 'small'"),
         ({"num_images_per_label": 1.5}, TypeError, "`num_images_per_label` is 1.5"),
         ({"generator": [seeded(0)] * 2}, ValueError, "`generator` is a list of 2"),
         ({"output_type": "jpg"}, ValueError, "`output_type` is 'jpg'"),

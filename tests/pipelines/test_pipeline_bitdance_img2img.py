@@ -67,6 +67,19 @@ class TestStrength:
             assert times == 2 * scheduler.timesteps[-1 - steps :].tolist()
 
 
+def test_parallel_evaluations_draw_the_same_bits(pipeline):
+    rows = []
+
+    def count(module, args, kwargs):
+        rows.append(len(kwargs["noisy_code"]) if "noisy_code" in kwargs else 0)
+
+    pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    expected = pipeline(PROMPTS, IMAGES, generator=seeded(3, 4), **QUICK).images
+    assert max(rows) == 4
+    found = pipeline(PROMPTS, IMAGES, generator=seeded(3, 4), parallel_evaluations=3, **QUICK).images
+    assert torch.equal(found, expected) and max(rows) == 3 * 4
+
+
 def test_default_strength(pipeline):
     found, expected = (
         pipeline(PROMPTS, IMAGES, generator=seeded(0, 1), **QUICK, **more).images for more in ({}, {"strength": 0.6})

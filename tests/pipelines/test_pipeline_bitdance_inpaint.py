@@ -78,6 +78,11 @@ class TestWhatIsKept:
             alone = pipeline(PROMPTS[i], IMAGES[i], self.MASKS[i], generator=seeded(i), **call).images
             assert torch.equal(alone[0], together[i])
 
+    def test_parallel_evaluations_draw_the_same_bits(self, pipeline):
+        expected = pipeline(PROMPTS, IMAGES, self.MASKS, generator=seeded(0, 1), **QUICK).images
+        call = {**QUICK, "parallel_evaluations": 3}
+        assert torch.equal(pipeline(PROMPTS, IMAGES, self.MASKS, generator=seeded(0, 1), **call).images, expected)
+
     def test_only_what_is_new_costs(self, pipeline):
         """Known patches are read many at once, and the head evaluates the new one alone."""
         image, mask = torch.rand(3, 16, 32), torch.zeros(1, 16, 32)
