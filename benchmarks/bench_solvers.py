@@ -3,7 +3,7 @@
     python benchmarks/bench_solvers.py
     python benchmarks/bench_solvers.py --variants euler_maruyama:51 exponential_2m:20 --pictures_per_category 200
     python benchmarks/bench_solvers.py --variants exponential_2m:20 exponential_2m:20:early_stop_threshold=0.95 \
-        exponential_2m:20:guidance_interval=0,0.7
+        exponential_2m:20:guidance_interval=0,0.7 probability_flow_2m:6:timestep_spacing=quadratic
 
 Every variant draws the same prompts from the same seeds, training prompts (`evaluate.py icons --split validation`), as
 this is where a default is chosen. `rows` are the rows that the head evaluated for a picture and patch, two in a guided
@@ -23,7 +23,7 @@ from common import print_record, print_table
 from PIL import Image
 
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTransformer
-from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
+from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS, TIMESTEP_SPACINGS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -35,8 +35,10 @@ VARIANTS = ["euler_maruyama:51"] + [f"exponential_2m:{number}" for number in (8,
 NUM_RESAMPLES = 2000
 
 
-def parse_option(text: str) -> tuple[str, float | list[float]]:
+def parse_option(text: str) -> tuple[str, str | float | list[float]]:
     name, _, value = text.partition("=")
+    if name == "timestep_spacing" and value in TIMESTEP_SPACINGS:
+        return name, value
     if name == "early_stop_threshold":
         return name, float(value)
     if name == "guidance_interval":
@@ -44,7 +46,7 @@ def parse_option(text: str) -> tuple[str, float | list[float]]:
     raise ValueError
 
 
-def parse_variant(text: str) -> tuple[str, int, dict[str, float | list[float]]]:
+def parse_variant(text: str) -> tuple[str, int, dict[str, str | float | list[float]]]:
     try:
         solver, number, *options = text.split(":")
         evaluations, call = int(number), dict(map(parse_option, options))
@@ -53,7 +55,7 @@ def parse_variant(text: str) -> tuple[str, int, dict[str, float | list[float]]]:
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} has to be SOLVER:EVALUATIONS, with at least 2 evaluations, and may go on with "
-            "':early_stop_threshold=0.95' and ':guidance_interval=0,0.7'."
+            "':early_stop_threshold=0.95', ':guidance_interval=0,0.7' and ':timestep_spacing=quadratic'."
         ) from None
     return solver, evaluations, call
 
@@ -63,11 +65,14 @@ def score(
     world: IconWorld,
     prompts: list[str],
     solver: str,
+    timestep_spacing: str,
     call: dict[str, Any],
     args: argparse.Namespace,
 ) -> tuple[np.ndarray, float]:
     """Which of the prompts' pictures are right: bool, in their order; and the head's rows per picture and patch."""
-    pipe.scheduler = BinaryDiffusionScheduler.from_config(pipe.scheduler.config, solver_type=solver)
+    pipe.scheduler = BinaryDiffusionScheduler.from_config(
+        pipe.scheduler.config, solver_type=solver, timestep_spacing=timestep_spacing
+    )
     rows = patches = 0
 
     def count(module: BitDanceTransformer, _: tuple, inputs: dict[str, Any]) -> None:
@@ -123,10 +128,12 @@ def main() -> None:
     categories = np.array([world.parse(prompt).category for prompt in prompts])
     members = [np.flatnonzero(categories == category) for category in CATEGORIES]
 
+    own_spacing = pipe.scheduler.config.timestep_spacing
     rows, record, reference = [], [], None
     for solver, evaluations, options in args.variants:
         call = {"num_inference_steps": evaluations - 1, **options}
-        right, head_rows = score(pipe, world, prompts, solver, call, args)
+        spacing = call.pop("timestep_spacing", own_spacing)
+        right, head_rows = score(pipe, world, prompts, solver, spacing, call, args)
         reference = right if reference is None else reference
         delta, low, high = difference(right, reference, members)
         result = {"rows": head_rows, "score": mean_over_categories(right, members)}

@@ -1,4 +1,4 @@
-"""Distil the head: a pipeline that draws in a few evaluations, without unconditional rows, what its teacher draws in many.
+"""Distil the head: draw in a few evaluations, without unconditional rows, what the teacher draws in many.
 
     python examples/distill_head.py --pretrained_model_name_or_path examples/pretrained/icons-64 --icons \
         --num_evaluations 2 --output_dir runs/icons-64-distilled
@@ -10,7 +10,7 @@ The teacher draws pictures of training prompts, or of all classes, by the probab
 guidance. Then the decoder rests, and the head alone learns to draw the same patches from the same noise in
 `--num_evaluations`. The pictures are kept in --output_dir, or in --patches_dir for several runs.
 
-At the end --output_dir is a pipeline whose configs say how it is sampled, and has `bitdance_head.safetensors`, the head
+At the end --output_dir is a pipeline whose configs say how it is sampled, beside `bitdance_head.safetensors`, the head
 alone, which `load_head` of the teacher's pipeline reads. docs/distillation.md says what was measured.
 """
 
@@ -18,7 +18,6 @@ import argparse
 import math
 from pathlib import Path
 
-import torch
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
 
@@ -94,9 +93,7 @@ def main(args: argparse.Namespace) -> None:
     pipeline.scheduler = BinaryDiffusionScheduler.from_config(
         pipeline.scheduler.config, solver_type="probability_flow_2m", timestep_spacing="quadratic"
     )
-    pipeline.register_to_config(
-        default_num_inference_steps=args.num_evaluations - 1, default_guidance_scale=1.0
-    )
+    pipeline.register_to_config(default_num_inference_steps=args.num_evaluations - 1, default_guidance_scale=1.0)
     run = HeadDistillation(args, accelerator, pipeline, patches, prompts, checkpoint)
     run.train()
     run.finish(prompts.tags, [str(prompt) for prompt in run.asked], repr(run.asked[0]))

@@ -83,7 +83,9 @@ class BitDanceHeadLoaderMixin:
         if not {_SIZES, _SCHEDULER, _DEFAULTS} <= metadata.keys():
             raise ValueError(f"{path} is no head's file: `save_head` writes what it is into its metadata.")
         there, here = json.loads(metadata[_SIZES]), _head_config(self.transformer)
-        differ = [f"{k}: {there.get(k)} there, {here.get(k)} here" for k in here | there if there.get(k) != here.get(k)]
+        differ = [
+            f"{k}: {there.get(k)} there, {here.get(k)} here" for k in here | there if there.get(k) != here.get(k)
+        ]
         if differ:
             raise ValueError(f"The head of {path} does not fit this transformer ({'; '.join(differ)}).")
         expected = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}

@@ -19,6 +19,7 @@ from ..sampling import denoise_patch
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 
 EARLIER_WEIGHT = 0.5
+LEAST_PROBABILITY = 1e-6  # of a bit
 
 
 class DenoisingRecorder:
@@ -101,13 +102,20 @@ def denoise_from(
     return sample, predictions
 
 
-def distillation_loss(predictions: list[torch.Tensor], code: torch.Tensor) -> torch.Tensor:
+def distillation_loss(predictions: list[torch.Tensor], code: torch.Tensor, bounded: bool) -> torch.Tensor:
     """
-    Squared error of the student's sample and, with half the weight each, of its earlier predictions.
+    What the student's sample and, with half the weight each, its earlier predictions miss the teacher's bits by.
 
     Args:
         predictions: of its evaluations, each (B, P, C).
         code (B, P, C): the bits that the teacher drew from the same noise.
+        bounded (`bool`): of the head. A prediction in (-1, 1) is the mean of a bit, whose cross entropy counts; of
+            others the squared error does.
     """
-    errors = [(prediction - code).square().mean() for prediction in predictions]
-    return errors[-1] + EARLIER_WEIGHT * sum(errors[:-1])
+    if bounded:
+        losses = [
+            -((1 + prediction * code) / 2).clamp(min=LEAST_PROBABILITY).log().mean() for prediction in predictions
+        ]
+    else:
+        losses = [(prediction - code).square().mean() for prediction in predictions]
+    return losses[-1] + EARLIER_WEIGHT * sum(losses[:-1])

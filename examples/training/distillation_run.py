@@ -60,6 +60,7 @@ class HeadDistillation(TransformerRun):
             len(self.asked),
             num_draws_in_all=len(patches.index),
         )
+        self.bounded = pipeline.transformer.head.bounded
         self.per_step /= len(prompts.positions)  # pictures, which have so many patches
         self.scheduler = pipeline.scheduler
         self.scheduler.set_timesteps(args.num_evaluations - 1, accelerator.device)
@@ -79,7 +80,7 @@ class HeadDistillation(TransformerRun):
             self.timer.lap("data")
             with accelerator.accumulate(self.transformer):
                 _, predictions = denoise_from(self.transformer, condition, start, self.scheduler)
-                self.optimize(distillation_loss(predictions, code))
+                self.optimize(distillation_loss(predictions, code, self.bounded))
 
     def finish(self, *args: Any) -> None:
         """As [`TransformerRun.finish`]; beside the pipeline the head alone is saved."""

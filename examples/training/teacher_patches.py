@@ -101,7 +101,9 @@ def check_settings(folder: Path, settings: dict[str, Any], accelerator: Accelera
         found = json.loads(file.read_text(encoding="utf-8"))
         differ = [name for name in settings if settings[name] != found.get(name)]
         if differ:
-            raise ValueError(f"--patches_dir: {folder} was drawn with another {', '.join(differ)}; name another folder.")
+            raise ValueError(
+                f"--patches_dir: {folder} was drawn with another {', '.join(differ)}; name another folder."
+            )
     elif accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".settings.partial-{os.getpid()}"
@@ -112,7 +114,11 @@ def check_settings(folder: Path, settings: dict[str, Any], accelerator: Accelera
 
 @torch.no_grad()
 def draw_file(
-    args: argparse.Namespace, pipeline: Pipeline, prompts: TextPrompts | ClassLabels, guidance_scale: float, number: int
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    prompts: TextPrompts | ClassLabels,
+    guidance_scale: float,
+    number: int,
 ) -> dict[str, torch.Tensor]:
     """Draw the pictures of one file: the fields of [`TeacherPatches`]."""
     batch, transformer = args.teacher_batch_size, pipeline.transformer

@@ -69,7 +69,7 @@ def exponential_sampler(posterior, start, noises, second_order, t):
 
 
 def probability_flow_sampler(posterior, start, noises, t):
-    """DPM-Solver++(2M) as its paper has it (arXiv 2211.01095), of alpha = t and sigma = 1 - t; no noise but the start."""
+    """DPM-Solver++(2M) as its paper has it (arXiv 2211.01095), of alpha = t, sigma = 1 - t; no noise but the start."""
     log_snr = torch.log(t / (1 - t))
     x, previous = start, None
     for i in range(len(noises)):

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from bitdance_diffusers import BinaryDiffusionScheduler
 from bitdance_diffusers.patch_order import grid_to_patches
-from bitdance_diffusers.training.distillation import DenoisingRecorder, denoise_from
+from bitdance_diffusers.training.distillation import DenoisingRecorder, denoise_from, distillation_loss
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])
@@ -55,3 +57,13 @@ def test_gradients_go_through_all_evaluations(t2i_pipeline):
     assert torch.equal(sample, predictions[-1]) and torch.equal(start, before)
     gradients = torch.autograd.grad(sample.sum(), predictions)
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_the_loss_is_that_of_all_evaluations():
+    code = torch.tensor([[[1.0, -1.0]]])
+    first, last = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.8, 0.8]]])
+    loss = distillation_loss([first, last], code, bounded=True)
+    expected = -(math.log(0.9) + math.log(0.1)) / 2 - 0.5 * math.log(0.5)
+    torch.testing.assert_close(loss, torch.tensor(expected))
+    loss = distillation_loss([first, last], code, bounded=False)
+    torch.testing.assert_close(loss, torch.tensor((0.2**2 + 1.8**2) / 2 + 0.5))
