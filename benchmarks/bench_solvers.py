@@ -6,6 +6,7 @@
         exponential_2m:20:guidance_interval=0,0.7
     python benchmarks/bench_solvers.py --variants euler_maruyama:51 \
         euler_maruyama:51:parallel_evaluations=8:parallel_tolerance=0.01
+    python benchmarks/bench_solvers.py --variants exponential_2m:20 probability_flow_2m:6:timestep_spacing=quadratic
 
 Every variant draws the same prompts from the same seeds, training prompts (`evaluate.py icons --split validation`), as
 this is where a default is chosen. `calls` are those of the head for a patch, `rows` the rows that it evaluated for a
@@ -27,7 +28,7 @@ from common import print_record, print_table
 from PIL import Image
 
 from bitdance_diffusers import BinaryDiffusionScheduler, BitDancePipeline, BitDanceTransformer
-from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
+from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS, TIMESTEP_SPACINGS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -39,8 +40,10 @@ VARIANTS = ["euler_maruyama:51"] + [f"exponential_2m:{number}" for number in (8,
 NUM_RESAMPLES = 2000
 
 
-def parse_option(text: str) -> tuple[str, int | float | list[float]]:
+def parse_option(text: str) -> tuple[str, str | int | float | list[float]]:
     name, _, value = text.partition("=")
+    if name == "timestep_spacing" and value in TIMESTEP_SPACINGS:
+        return name, value
     if name in ("early_stop_threshold", "parallel_tolerance"):
         return name, float(value)
     if name == "parallel_evaluations":
@@ -50,7 +53,7 @@ def parse_option(text: str) -> tuple[str, int | float | list[float]]:
     raise ValueError
 
 
-def parse_variant(text: str) -> tuple[str, int, dict[str, int | float | list[float]]]:
+def parse_variant(text: str) -> tuple[str, int, dict[str, str | int | float | list[float]]]:
     try:
         solver, number, *options = text.split(":")
         evaluations, call = int(number), dict(map(parse_option, options))
@@ -59,8 +62,8 @@ def parse_variant(text: str) -> tuple[str, int, dict[str, int | float | list[flo
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} has to be SOLVER:EVALUATIONS, with at least 2 evaluations, and may go on with "
-            "':early_stop_threshold=0.95', ':guidance_interval=0,0.7', ':parallel_evaluations=8' and "
-            "':parallel_tolerance=0.01'."
+            "':early_stop_threshold=0.95', ':guidance_interval=0,0.7', ':parallel_evaluations=8', "
+            "':parallel_tolerance=0.01' and ':timestep_spacing=quadratic'."
         ) from None
     return solver, evaluations, call
 
@@ -70,6 +73,7 @@ def score(
     world: IconWorld,
     prompts: list[str],
     solver: str,
+    timestep_spacing: str,
     call: dict[str, Any],
     args: argparse.Namespace,
 ) -> tuple[np.ndarray, torch.Tensor, float, float]:
@@ -77,7 +81,9 @@ def score(
     Which of the prompts' pictures are right: bool, in their order; their codes, int8; the head's calls per patch, and
     its rows per picture and patch.
     """
-    pipe.scheduler = BinaryDiffusionScheduler.from_config(pipe.scheduler.config, solver_type=solver)
+    pipe.scheduler = BinaryDiffusionScheduler.from_config(
+        pipe.scheduler.config, solver_type=solver, timestep_spacing=timestep_spacing
+    )
     codes, calls, rows, drawn_at_once, drawn = [], 0, 0, 0, 0
 
     def count(module: BitDanceTransformer, _: tuple, inputs: dict[str, Any]) -> None:
@@ -142,10 +148,12 @@ def main() -> None:
     categories = np.array([world.parse(prompt).category for prompt in prompts])
     members = [np.flatnonzero(categories == category) for category in CATEGORIES]
 
+    own_spacing = pipe.scheduler.config.timestep_spacing
     rows, record, reference, reference_code = [], [], None, None
     for solver, evaluations, options in args.variants:
         call = {"num_inference_steps": evaluations - 1, **options}
-        right, code, calls, head_rows = score(pipe, world, prompts, solver, call, args)
+        spacing = call.pop("timestep_spacing", own_spacing)
+        right, code, calls, head_rows = score(pipe, world, prompts, solver, spacing, call, args)
         if reference is None:
             reference, reference_code = right, code
         delta, low, high = difference(right, reference, members)

@@ -45,14 +45,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(lora_layers=",".join(LORA_LAYERS + HEAD_LORA_LAYERS))
     parser.set_defaults(max_train_steps=200, learning_rate=1e-5, checkpointing_steps=20, validation_steps=20)
     parser.set_defaults(gradient_accumulation_steps=None)
-    asked = parser.add_argument_group(
-        "prompts of a text-to-image pipeline (exactly one); a class model takes all classes"
-    )
-    asked.add_argument("--prompts", type=Path, help="a text file with a prompt on each line")
-    asked.add_argument("--icons", action="store_true", help="the icon world's training prompts")
-    asked.add_argument("--icon_weights", nargs="+", default=[], metavar="CATEGORY=WEIGHT", help="of --icons")
-    asked.add_argument("--height", type=int, help="in pixels, of a text-to-image pipeline; its default if not given")
-    asked.add_argument("--width", type=int, help="the same")
+    add_prompt_arguments(parser)
 
     reward = parser.add_argument_group("reward")
     reward.add_argument("--reward", required=True, metavar="MODULE:FUNCTION", help="(pictures, prompts) -> numbers")
@@ -101,14 +94,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parse_arguments(parser, arguments, check_args)
 
 
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a pipeline is asked for by a script that has no pictures to learn from."""
+    asked = parser.add_argument_group(
+        "prompts of a text-to-image pipeline (exactly one); a class model takes all classes"
+    )
+    asked.add_argument("--prompts", type=Path, help="a text file with a prompt on each line")
+    asked.add_argument("--icons", action="store_true", help="the icon world's training prompts")
+    asked.add_argument("--icon_weights", nargs="+", default=[], metavar="CATEGORY=WEIGHT", help="of --icons")
+    asked.add_argument("--height", type=int, help="in pixels, of a text-to-image pipeline; its default if not given")
+    asked.add_argument("--width", type=int, help="the same")
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Raises a `ValueError` that names the argument, and sets those that follow from others."""
     if args.pretrained_model_name_or_path is None:
         raise ValueError("--pretrained_model_name_or_path is missing: it is what reinforcement starts from.")
-    if args.prompts is not None and args.icons:
-        raise ValueError("--prompts and --icons are both given; give one of them.")
-    if args.icon_weights and not args.icons:
-        raise ValueError("--icon_weights weighs the prompts of --icons, which is not given.")
+    check_prompt_arguments(args)
     if args.score is None and args.score_arguments:
         raise ValueError("--score_arguments are of a --score, which is not given.")
     if args.rank is not None:
@@ -154,6 +156,14 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("max_train_steps", "checkpointing_steps", "validation_steps"):
         if getattr(args, name) % steps:
             raise ValueError(f"--{name} {getattr(args, name)} has to be a multiple of the {steps} of an iteration.")
+
+
+def check_prompt_arguments(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` that names the argument."""
+    if args.prompts is not None and args.icons:
+        raise ValueError("--prompts and --icons are both given; give one of them.")
+    if args.icon_weights and not args.icons:
+        raise ValueError("--icon_weights weighs the prompts of --icons, which is not given.")
 
 
 def find_prompts(args: argparse.Namespace, pipeline: Pipeline) -> TextPrompts | ClassLabels:

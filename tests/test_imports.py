@@ -30,7 +30,8 @@ ALLOWED = {
     "loaders.port_names": set(),
     # Above the pipelines.
     "loaders.convert": {"loaders", "models", "pipelines", "prompt"},
-    "training": {"training", "models", "schedulers", "patch_order", "prompt", "image_sizes"},
+    # Distillation trains a head by the loop that draws.
+    "training": {"training", "models", "sampling", "schedulers", "patch_order", "prompt", "image_sizes"},
     "pipelines": {
         "pipelines",
         "generation",

@@ -16,6 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from ..generation import Generation
+from ..loaders.head import BitDanceHeadLoaderMixin
 from ..models.checked_loading import check_safe_serialization
 from ..patch_order import grid_to_patches
 from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
@@ -73,7 +74,7 @@ def _state_property(name: str) -> property:
     return property(read, write)
 
 
-class PatchwisePipelineMixin:
+class PatchwisePipelineMixin(BitDanceHeadLoaderMixin):
     """Goes beside `DiffusionPipeline` in the bases of a pipeline with a `vae`, a `transformer` and a `scheduler`."""
 
     model_cpu_offload_seq = "transformer->vae"

@@ -5,7 +5,8 @@ clean code x. Sampling follows the stochastic differential equation
 
     dz = [v + (1 - t) s] dt + sqrt(2 (1 - t)) dw,    v = (x - z) / (1 - t),    s = (t v - z) / (1 - t),
 
-to t = 0.95, and ends with one more prediction, which is the sample.
+to t = 0.95, and ends with one more prediction, which is the sample. Without the score and the noise it is the
+probability-flow equation dz = v dt, which has the same law at every time (Song et al., 2021, arXiv 2011.13456).
 """
 
 import math
@@ -21,7 +22,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 LAST_TIMESTEP = 0.95
 MIN_NOISE_LEVEL = 0.05
-SOLVERS = ("euler_maruyama", "exponential", "exponential_2m")
+SOLVERS = ("euler_maruyama", "exponential", "exponential_2m", "probability_flow_2m")
+TIMESTEP_SPACINGS = ("linspace", "quadratic")
 
 
 @dataclass
@@ -37,6 +39,14 @@ class BinaryDiffusionSchedulerOutput(BaseOutput):
 def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
     """`(1/a) / (1/a + (1/t - 1))` in float32, in this order, also for a = 1: the sampler amplifies last bits."""
     return (1 / shift) / (1 / shift + (1 / timesteps - 1))
+
+
+def space_timesteps(num_inference_steps: int, timestep_spacing: str, shift: float) -> torch.Tensor:
+    """The nodes of `num_inference_steps` steps from 0 to 0.95, ascending, shifted: (num_inference_steps + 1,)."""
+    nodes = torch.linspace(0, LAST_TIMESTEP, num_inference_steps + 1)
+    if timestep_spacing == "quadratic":
+        nodes = (nodes + 3 * nodes**2 / LAST_TIMESTEP) / 4
+    return shift_timesteps(nodes, shift)
 
 
 def update_sample(
@@ -67,7 +77,11 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         logit_mean, logit_std (`float`, default -0.8 and 0.8): of the normal variable under the sigmoid.
         solver_type (`str`, defaults to `"euler_maruyama"`): `"euler_maruyama"` is the original's. `"exponential"`
             steps exactly while the prediction is held fixed, `"exponential_2m"` adds a second-order multistep
-            correction in the log signal-to-noise ratio.
+            correction in the log signal-to-noise ratio. `"probability_flow_2m"` is the like of it for the
+            probability-flow equation (DPM-Solver++(2M), arXiv 2211.01095): it uses no noise but the first, though it
+            draws as much.
+        timestep_spacing (`str`, defaults to `"linspace"`): `"linspace"` is the original's. `"quadratic"` has more
+            nodes near the noise: `0.95 (s + 3 s^2) / 4` in place of `0.95 s`. It pays from 3 to about 7 steps.
     """
 
     order = 1
@@ -76,7 +90,7 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
     @property
     def uses_previous_prediction(self) -> bool:
         """Whether the solver corrects a step by how the prediction has changed since the one before."""
-        return self.config.solver_type == "exponential_2m"
+        return self.config.solver_type in ("exponential_2m", "probability_flow_2m")
 
     @register_to_config
     def __init__(
@@ -86,6 +100,7 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         logit_mean: float = -0.8,
         logit_std: float = 0.8,
         solver_type: str = "euler_maruyama",
+        timestep_spacing: str = "linspace",
     ):
         for name, value, least in (
             ("shift", shift, 0),
@@ -102,6 +117,9 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             )
         if solver_type not in SOLVERS:
             raise ValueError(f"`solver_type` is {solver_type!r}; allowed are {', '.join(map(repr, SOLVERS))}.")
+        if timestep_spacing not in TIMESTEP_SPACINGS:
+            allowed = ", ".join(map(repr, TIMESTEP_SPACINGS))
+            raise ValueError(f"`timestep_spacing` is {timestep_spacing!r}; allowed are {allowed}.")
         self.num_inference_steps = None
         self.timesteps = None
         self.step_coefficients = None
@@ -120,7 +138,7 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         if not integer or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it has to be a positive integer.")
         num_inference_steps = int(num_inference_steps)
-        nodes = shift_timesteps(torch.linspace(0, LAST_TIMESTEP, num_inference_steps + 1), self.config.shift)
+        nodes = space_timesteps(num_inference_steps, self.config.timestep_spacing, self.config.shift)
         t, u = nodes[:-1], nodes[1:]
         if self.config.solver_type == "euler_maruyama":
             step = u - t
@@ -129,8 +147,11 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             correct = torch.zeros_like(t)
         else:
             ratio = (1 - u) / (1 - t)
-            keep, toward = ratio**2, u - ratio**2 * t
-            spread = (1 - u) * torch.sqrt(1 - ratio**2)
+            if self.config.solver_type == "probability_flow_2m":
+                keep, spread = ratio, torch.zeros_like(t)
+            else:
+                keep, spread = ratio**2, (1 - u) * torch.sqrt(1 - ratio**2)
+            toward = u - keep * t
             correct = torch.zeros_like(t)
             if self.uses_previous_prediction:
                 # Extrapolate the prediction linearly in the log signal-to-noise ratio, to the middle of the step.
@@ -163,8 +184,8 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             model_output: predicted clean code, (guided where guidance is used), the shape of `sample`.
             sample: noisy code, float32.
             generator: draws the step's noise; a list draws each row of the batch from its own.
-            previous_model_output: the prediction of the step before, which only `"exponential_2m"` uses. Without it
-                the step is of first order.
+            previous_model_output: the prediction of the step before, which only the solvers of second order (`..._2m`)
+                use. Without it the step is of first order.
 
         At the last timestep the result is `model_output` itself: the step that is left ends exactly there.
         """

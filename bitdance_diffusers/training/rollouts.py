@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..schedulers.scheduling_binary_diffusion import LAST_TIMESTEP, BinaryDiffusionScheduler, shift_timesteps
+from ..schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler, space_timesteps
 
 ROLLOUT_NOISES = ("memoryless", "sampler")
 
@@ -60,7 +60,7 @@ class RolloutScheduler(BinaryDiffusionScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         super().set_timesteps(num_inference_steps, device)
-        nodes = shift_timesteps(torch.linspace(0, LAST_TIMESTEP, num_inference_steps + 1), self.config.shift)
+        nodes = space_timesteps(num_inference_steps, self.config.timestep_spacing, self.config.shift)
         t, u = nodes[:-1], nodes[1:]
         rho = (1 - u) / (1 - t)
         if self.noise == "memoryless":

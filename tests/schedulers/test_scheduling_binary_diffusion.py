@@ -53,9 +53,8 @@ def test_noise_of_cpu_generators_is_moved_once(generator, count_operators):
     assert noise.shape == (6, 2, 4, 8) and noise.device.type == "meta" and operators.counts["_to_copy"] == 1
 
 
-def exponential_sampler(posterior, start, noises, second_order):
+def exponential_sampler(posterior, start, noises, second_order, t):
     """The exact step of a held prediction; of second order, one extrapolated to the middle of the step in log-SNR."""
-    t = torch.linspace(0, 0.95, len(noises) + 1)
     log_snr = torch.log(t / (1 - t))
     x, previous = start, None
     for i, noise in enumerate(noises):
@@ -69,13 +68,35 @@ def exponential_sampler(posterior, start, noises, second_order):
     return posterior(x, t[-1])
 
 
-@pytest.mark.parametrize("solver", ["exponential", "exponential_2m"])
-def test_exponential_solvers_are_their_formulas(solver):
-    scheduler = BinaryDiffusionScheduler(solver_type=solver)
+def probability_flow_sampler(posterior, start, noises, t):
+    """DPM-Solver++(2M) as its paper has it (arXiv 2211.01095), of alpha = t, sigma = 1 - t; no noise but the start."""
+    log_snr = torch.log(t / (1 - t))
+    x, previous = start, None
+    for i in range(len(noises)):
+        step = log_snr[i + 1] - log_snr[i]
+        prediction = held = posterior(x, t[i])
+        if i >= 2:  # the log-SNR of the first time is infinite
+            ratio = (log_snr[i] - log_snr[i - 1]) / step
+            held = (1 + 1 / (2 * ratio)) * prediction - previous / (2 * ratio)
+        x = (1 - t[i + 1]) / (1 - t[i]) * x - t[i + 1] * torch.expm1(-step) * held
+        previous = prediction
+    return posterior(x, t[-1])
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "quadratic"])
+@pytest.mark.parametrize("solver", ["exponential", "exponential_2m", "probability_flow_2m"])
+def test_solvers_are_their_formulas(solver, spacing):
+    scheduler = BinaryDiffusionScheduler(solver_type=solver, timestep_spacing=spacing)
     scheduler.set_timesteps(8)
+    share = torch.linspace(0, 1, 9)
+    t = 0.95 * (share if spacing == "linspace" else (share + 3 * share**2) / 4)
+    torch.testing.assert_close(scheduler.timesteps, t)
     generator = torch.Generator().manual_seed(0)
     noise = draw_patch_noise(8, (2, 4, 8), generator, torch.device("cpu"))
-    expected = exponential_sampler(smooth, noise[0], noise[1:], solver == "exponential_2m")
+    if solver == "probability_flow_2m":
+        expected = probability_flow_sampler(smooth, noise[0], noise[1:], t)
+    else:
+        expected = exponential_sampler(smooth, noise[0], noise[1:], solver == "exponential_2m", t)
     result = denoise_patch(smooth, iter(scheduler.timesteps), noise.clone(), scheduler, None)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
@@ -154,9 +175,9 @@ def total_variation(one, other):
     return 0.5 * float((one - other).abs().sum())
 
 
-def sample(laws, solver, steps, guidance_scale=None, seed=1, count=20_000, **options):
+def sample(laws, solver, steps, guidance_scale=None, seed=1, count=20_000, spacing="linspace", **options):
     """Samples (count, bits) of the one law, or of the first guided away from the second."""
-    scheduler = BinaryDiffusionScheduler(solver_type=solver)
+    scheduler = BinaryDiffusionScheduler(solver_type=solver, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
     bits = laws[0].codes.shape[1]
     noise = draw_patch_noise(steps, (count, 1, bits), torch.Generator().manual_seed(seed), torch.device("cpu"))
@@ -188,6 +209,29 @@ def test_twenty_second_order_evaluations_match_fifty_of_euler_maruyama_with_guid
     second = distance("exponential_2m", 20)
     assert second < distance("euler_maruyama", 51) + 0.01
     assert distance("euler_maruyama", 20) > second + 0.01  # the test can tell
+
+
+def test_quadratic_nodes_and_the_probability_flow_need_fewer_evaluations():
+    laws = [IsingLike(8, 0), IsingLike(8, 1), IsingLike(9, 2)]
+
+    def distance(solver, evaluations, spacing):
+        return sum(
+            law.total_variation(sample([law], solver, evaluations - 1, spacing=spacing)) / len(laws) for law in laws
+        )
+
+    for evaluations, share in ((4, 0.65), (6, 1.0), (8, 1.0)):
+        before = distance("exponential_2m", evaluations, "linspace")
+        after = distance("probability_flow_2m", evaluations, "quadratic")
+        assert after <= share * before, (evaluations, after, before)
+        if evaluations == 4:  # both have their part in it
+            assert distance("exponential_2m", 4, "quadratic") < 0.75 * before
+            assert distance("probability_flow_2m", 4, "linspace") > 1.3 * after
+
+
+def test_the_probability_flow_uses_no_noise_but_the_first():
+    scheduler = BinaryDiffusionScheduler(solver_type="probability_flow_2m")
+    scheduler.set_timesteps(6)
+    assert not scheduler.noise_scales.any()
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 7.5])
@@ -231,6 +275,7 @@ def test_loss_weight_is_that_of_velocities():
         ({"logit_mean": "a"}, "`logit_mean` is 'a'"),
         ({"solver_type": "heun"}, "`solver_type` is 'heun'; allowed are 'euler_maruyama'"),
         ({"timestep_sampling": "normal"}, "`timestep_sampling` is 'normal'"),
+        ({"timestep_spacing": "leading"}, "`timestep_spacing` is 'leading'; allowed are 'linspace', 'quadratic'"),
     ],
 )
 def test_bad_config(config, message):
@@ -254,6 +299,7 @@ def test_step_refuses_a_foreign_timestep():
 
 
 def test_config_round_trip(tmp_path):
-    BinaryDiffusionScheduler(shift=2.0, solver_type="exponential_2m").save_pretrained(tmp_path)
+    BinaryDiffusionScheduler(2.0, solver_type="exponential_2m", timestep_spacing="quadratic").save_pretrained(tmp_path)
     loaded = BinaryDiffusionScheduler.from_pretrained(tmp_path)
     assert loaded.config.shift == 2.0 and loaded.config.solver_type == "exponential_2m"
+    assert loaded.config.timestep_spacing == "quadratic"

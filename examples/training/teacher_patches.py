@@ -1,0 +1,177 @@
+"""Patches that a pipeline drew, with what the head drew each from: made once and kept on disk, to be distilled."""
+
+import argparse
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from bitdance_diffusers import BinaryDiffusionScheduler
+from bitdance_diffusers.patch_order import grid_to_patches
+from bitdance_diffusers.training.distillation import DenoisingRecorder, denoise_from
+from training.policy_run import ClassLabels, TextPrompts
+from training.randomness import random_generator
+from training.transformer_run import Pipeline, Transformer
+
+logger = get_logger(__name__)
+# Where the very first prediction is so sure of every bit there is little to learn: of these patches few are kept.
+CERTAIN = 0.9
+KEPT_CERTAIN = 0.2
+
+
+@dataclass
+class TeacherPatches:
+    """
+    N patches of the teacher's pictures, and E draws of them: each patch's own, then further ones from other noise.
+
+    Args:
+        condition (N, P, D): float16, of the conditional rows.
+        index (E,): which patch a draw is of.
+        start (E, P, C): float32, the noise that it was drawn from.
+        code (E, P, C): int8, the bits.
+    """
+
+    condition: torch.Tensor
+    index: torch.Tensor
+    start: torch.Tensor
+    code: torch.Tensor
+
+
+def teacher_scheduler(pipeline: Pipeline) -> BinaryDiffusionScheduler:
+    """What makes of a patch a function of the noise that it starts from."""
+    return BinaryDiffusionScheduler.from_config(pipeline.scheduler.config, solver_type="probability_flow_2m")
+
+
+def draw_teacher_patches(
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline, prompts: TextPrompts | ClassLabels
+) -> TeacherPatches:
+    """
+    The patches of `--num_pictures` pictures, in files of `--teacher_batch_size` pictures each: those that are there,
+    and the others drawn now, every process its share.
+
+    Raises:
+        ValueError: if the folder holds patches of another teacher, or drawn in another way.
+    """
+    folder = args.output_dir / "patches" if args.patches_dir is None else args.patches_dir
+    guidance_scale = args.teacher_guidance_scale
+    if guidance_scale is None:
+        guidance_scale = pipeline.config.default_guidance_scale
+    settings = {
+        "teacher": fingerprint(pipeline.transformer),
+        "scheduler": {k: v for k, v in teacher_scheduler(pipeline).config.items() if not k.startswith("_")},
+        "guidance_scale": guidance_scale,
+        "prompts": prompts.call_arguments(prompts.draw(np.random.default_rng(0), 8)),
+        **{name: getattr(args, name) for name in ("teacher_steps", "teacher_batch_size", "num_draws", "seed")},
+    }
+    settings = json.loads(json.dumps(settings))
+    check_settings(folder, settings, accelerator)
+    files = [folder / f"patches-{i:05d}.safetensors" for i in range(args.num_pictures // args.teacher_batch_size)]
+    missing = [(i, file) for i, file in enumerate(files) if not file.is_file()]
+    pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    share = missing[accelerator.process_index :: accelerator.num_processes]
+    for i, file in tqdm(share, desc="Drawing", unit="file", disable=not accelerator.is_local_main_process):
+        tensors = draw_file(args, pipeline, prompts, guidance_scale, i)
+        partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+        save_file(tensors, partial)
+        partial.replace(file)
+    accelerator.wait_for_everyone()
+
+    parts = [load_file(file) for file in files]
+    first = 0
+    for part in parts:
+        part["index"] += first
+        first += len(part["condition"])
+    return TeacherPatches(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def check_settings(folder: Path, settings: dict[str, Any], accelerator: Accelerator) -> None:
+    """Raises a `ValueError` if the folder holds what was drawn otherwise; writes down how it is, if it is new."""
+    file = folder / "settings.json"
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        differ = [name for name in settings if settings[name] != found.get(name)]
+        if differ:
+            raise ValueError(
+                f"--patches_dir: {folder} was drawn with another {', '.join(differ)}; name another folder."
+            )
+    elif accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".settings.partial-{os.getpid()}"
+        partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        partial.replace(file)
+    accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def draw_file(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    prompts: TextPrompts | ClassLabels,
+    guidance_scale: float,
+    number: int,
+) -> dict[str, torch.Tensor]:
+    """Draw the pictures of one file: the fields of [`TeacherPatches`]."""
+    batch, transformer = args.teacher_batch_size, pipeline.transformer
+    asked = prompts.draw(np.random.default_rng((args.seed, number)), batch)
+    own_scheduler, pipeline.scheduler = pipeline.scheduler, teacher_scheduler(pipeline)
+    with DenoisingRecorder(transformer, batch, args.teacher_steps) as recorder:
+        grid = pipeline(
+            **prompts.call_arguments(asked),
+            num_inference_steps=args.teacher_steps,
+            guidance_scale=guidance_scale,
+            generator=[random_generator(args.seed, number, i) for i in range(batch)],
+            output_type="latent",
+        ).images
+    scheduler, pipeline.scheduler = pipeline.scheduler, own_scheduler
+    conditions, start = recorder.patches()
+    halves = len(conditions) // batch
+    conditions = conditions.unflatten(0, (halves, batch)).flatten(1, 2)  # (1 or 2, N, P, D)
+    start, code = start.flatten(0, 1), grid_to_patches(grid, transformer.config.patch_size).flatten(0, 1)
+
+    # 1. Patches that teach nothing are left out but for a share
+    generator = random_generator(args.seed, number, batch)
+    at_once = 8 * batch
+    scheduler.set_timesteps(1, start.device)
+    first = [
+        denoise_from(transformer, some, begin, scheduler)[1][0]
+        for some, begin in zip(conditions[0].split(at_once), start.split(at_once), strict=True)
+    ]
+    uncertain = (torch.cat(first).abs().amin(dim=(1, 2)) < CERTAIN).cpu()
+    kept = (uncertain | (torch.rand(len(uncertain), generator=generator) < KEPT_CERTAIN)).nonzero()[:, 0]
+
+    # 2. The others are drawn again, from other noise
+    scheduler.set_timesteps(args.teacher_steps, start.device)
+    index, starts, codes = [torch.arange(len(kept))], [start[kept]], [code[kept]]
+    again = uncertain[kept].nonzero()[:, 0]
+    for some in again.repeat(args.num_draws - 1).split(at_once):
+        noise = torch.randn(len(some), *start.shape[1:], generator=generator).to(start.device)
+        rows = conditions[:, kept[some]].flatten(0, 1)
+        drawn, _ = denoise_from(transformer, rows, noise, scheduler, guidance_scale if halves == 2 else None)
+        index.append(some)
+        starts.append(noise)
+        codes.append(torch.where(drawn > 0, 1, -1))
+    return {
+        "condition": conditions[0, kept].to("cpu", torch.float16).contiguous(),
+        "index": torch.cat(index),
+        "start": torch.cat(starts).cpu(),
+        "code": torch.cat(codes).to("cpu", torch.int8),
+    }
+
+
+def fingerprint(transformer: Transformer) -> str:
+    """SHA-256 of the weights, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(transformer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
