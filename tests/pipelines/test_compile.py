@@ -75,7 +75,7 @@ def test_parallel_evaluations_compile_once(t2i_pipeline, graphs):
     expected = draw(pipeline)
     pipeline.transformer.compile(fullgraph=True, backend=graphs)
     for prompt in ("a fox", "a fox"):
-        assert torch.equal(draw(pipeline, prompt, parallel_evaluations=3), expected)
+        assert torch.equal(draw(pipeline, prompt, parallel_evaluations=3, parallel_tolerance=1e-4), expected)
         assert graphs.count == 5  # as one after the other
 
 

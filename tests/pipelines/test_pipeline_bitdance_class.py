@@ -90,7 +90,8 @@ def test_parallel_evaluations_draw_the_same_bits(class_pipeline, schedule):
     pipeline = class_pipeline("class_p4")
     call = {**QUICK, "num_inference_steps": 9, "guidance_schedule": schedule}
     expected = pipeline([1, 7], generator=seeded(0), **call).images
-    assert torch.equal(pipeline([1, 7], generator=seeded(0), **call, parallel_evaluations=4).images, expected)
+    parallel = pipeline([1, 7], generator=seeded(0), **call, parallel_evaluations=4, parallel_tolerance=1e-4).images
+    assert torch.equal(parallel, expected)
 
 
 def test_linear_schedule_samples_the_first_patch_in_two_halves(class_pipeline, monkeypatch):
