@@ -10,6 +10,7 @@ transformer's batch: the conditional row of every picture, then the unconditiona
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -94,14 +95,24 @@ class PreparedScheduler:
     Args:
         scheduler: holds the settings' times.
         guided_evaluations: which of its n + 1 evaluations are guided; None: all.
-        coefficients (n, 3): the scheduler's `step_coefficients` on the device.
-        guided_on_device (n + 1,), bool: the guided evaluations on the device.
+        device: where the pictures are drawn.
     """
 
     scheduler: BinaryDiffusionScheduler
     guided_evaluations: list[bool] | None
-    coefficients: torch.Tensor
-    guided_on_device: torch.Tensor | None
+    device: torch.device
+
+    # What evaluation in parallel alone reads: sent to the device when it is first asked for
+
+    @functools.cached_property
+    def coefficients(self) -> torch.Tensor:
+        """The scheduler's `step_coefficients` on the device, (n, 3)."""
+        return torch.tensor(self.scheduler.step_coefficients, device=self.device)
+
+    @functools.cached_property
+    def guided_on_device(self) -> torch.Tensor | None:
+        """The guided evaluations on the device, (n + 1,), bool."""
+        return None if self.guided_evaluations is None else torch.tensor(self.guided_evaluations, device=self.device)
 
 
 @dataclasses.dataclass
@@ -509,9 +520,7 @@ class Generation:
                 low, high = settings.guidance_interval
                 times = scheduler.timesteps.tolist()
                 guided_evaluations = [low - TIME_TOLERANCE <= t <= high + TIME_TOLERANCE for t in times]
-            coefficients = torch.tensor(scheduler.step_coefficients, device=self.device)
-            guided = None if guided_evaluations is None else torch.tensor(guided_evaluations, device=self.device)
-            self._prepared_schedulers[key] = PreparedScheduler(scheduler, guided_evaluations, coefficients, guided)
+            self._prepared_schedulers[key] = PreparedScheduler(scheduler, guided_evaluations, self.device)
         return self._prepared_schedulers[key]
 
     def _gather_cache(self, sources: list[tuple[StaticKVCache, int]]) -> StaticKVCache:

@@ -13,6 +13,7 @@ from tests.examples.training_runs import (
     kill_in_a_checkpoint,
     record,
     reset_accelerator,
+    run_here,
     to_flags,
 )
 from training.teacher_patches import draw_teacher_patches
@@ -60,9 +61,7 @@ def arguments(tmp_path, model):
 @pytest.fixture
 def train(arguments, tmp_path):
     def train(output, **more):
-        torch.rand(3)  # a run does not depend on the global random state that it finds
-        distill_head.main(distill_head.parse_args(arguments(output, **more)))
-        reset_accelerator()
+        run_here(distill_head, arguments(output, **more))
         return tmp_path / output
 
     return train

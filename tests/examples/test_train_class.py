@@ -15,7 +15,7 @@ from tests.examples.training_runs import (
     assert_equal_states,
     kill_in_a_checkpoint,
     record,
-    reset_accelerator,
+    run_here,
 )
 
 CONFIG = {
@@ -77,9 +77,7 @@ def arguments(workplace, class_pipeline_path):
 @pytest.fixture
 def train(arguments, workplace):
     def train(output, **more):
-        torch.rand(3)  # a run does not depend on the global random state that it finds
-        train_class.main(train_class.parse_args(arguments(output, **more)))
-        reset_accelerator()
+        run_here(train_class, arguments(output, **more))
         return workplace / output
 
     return train

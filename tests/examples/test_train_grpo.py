@@ -13,7 +13,7 @@ from tests.examples.training_runs import (
     assert_equal_states,
     kill_in_a_checkpoint,
     record,
-    reset_accelerator,
+    run_here,
     to_flags,
 )
 
@@ -80,9 +80,7 @@ def arguments(workplace, model):
 @pytest.fixture
 def train(arguments, workplace):
     def train(output, **more):
-        torch.rand(3)  # a run does not depend on the global random state that it finds
-        train_grpo.main(train_grpo.parse_args(arguments(output, **more)))
-        reset_accelerator()
+        run_here(train_grpo, arguments(output, **more))
         return workplace / output
 
     return train

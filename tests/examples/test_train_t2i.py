@@ -19,7 +19,7 @@ from tests.examples.training_runs import (
     assert_equal_states,
     kill_in_a_checkpoint,
     record,
-    reset_accelerator,
+    run_here,
     to_flags,
     write_pictures,
 )
@@ -54,9 +54,7 @@ def arguments(workplace, t2i_pipeline_path):
 @pytest.fixture
 def train(arguments, workplace):
     def train(output, **more):
-        torch.rand(3)  # a run does not depend on the global random state that it finds
-        train_t2i.main(train_t2i.parse_args(arguments(output, **more)))
-        reset_accelerator()
+        run_here(train_t2i, arguments(output, **more))
         return workplace / output
 
     return train

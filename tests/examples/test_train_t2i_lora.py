@@ -17,7 +17,7 @@ from tests.examples.training_runs import (
     assert_equal_states,
     kill_in_a_checkpoint,
     record,
-    reset_accelerator,
+    run_here,
     to_flags,
     write_pictures,
 )
@@ -57,9 +57,7 @@ def arguments(workplace, t2i_pipeline_path):
 @pytest.fixture
 def train(arguments, workplace):
     def train(output, **more):
-        torch.rand(3)  # a run does not depend on the global random state that it finds
-        train_t2i_lora.main(train_t2i_lora.parse_args(arguments(output, **more)))
-        reset_accelerator()
+        run_here(train_t2i_lora, arguments(output, **more))
         return workplace / output
 
     return train

@@ -13,7 +13,7 @@ from tests.examples.training_runs import (
     assert_equal_checkpoints,
     assert_equal_states,
     kill_in_a_checkpoint,
-    reset_accelerator,
+    run_here,
 )
 
 CONFIG = {
@@ -60,9 +60,7 @@ def arguments(workplace, output, **more):
 
 
 def train(workplace, output, **more):
-    torch.rand(3)  # a run does not depend on the global random state that it finds
-    train_tokenizer.main(train_tokenizer.parse_args(arguments(workplace, output, **more)))
-    reset_accelerator()
+    run_here(train_tokenizer, arguments(workplace, output, **more))
     return workplace / output
 
 

@@ -38,6 +38,13 @@ def to_flags(options):
     return flags
 
 
+def run_here(script, arguments):
+    """Run a training script in this process, as if it were new."""
+    torch.rand(3)  # a run does not depend on the global random state that it finds
+    script.main(script.parse_args(arguments))
+    reset_accelerator()
+
+
 def run_in_forks(work, num_processes=1):
     """The exit codes of forks of this process, which has imported everything, that do `work` together on the CPU."""
     with socket.socket() as probe:
