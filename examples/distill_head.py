@@ -26,7 +26,7 @@ from drawing.models import DTYPES
 from train_grpo import add_prompt_arguments, check_prompt_arguments, find_prompts
 from training.arguments import check_at_least, check_run_arguments, parse_arguments
 from training.checkpoints import find_checkpoint
-from training.distillation_run import HeadDistillation
+from training.distillation_run import COUPLINGS, HeadDistillation
 from training.teacher_patches import draw_teacher_patches
 from training.transformer_run import add_model_arguments, create_accelerator, load_pretrained
 
@@ -47,6 +47,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     teacher.add_argument("--teacher_steps", type=int, default=19, help="diffusion steps a patch")
     teacher.add_argument("--teacher_guidance_scale", type=float, help="the pipeline's default; 1 is without")
     teacher.add_argument("--num_draws", type=int, default=4, help="of each patch that is not certain from the start")
+    teacher.add_argument(
+        "--coupling",
+        choices=COUPLINGS,
+        default="flow",
+        help="of the student's draws with the teacher's: from the same noise, or the most alike of those of a patch",
+    )
 
     student = parser.add_argument_group("student")
     student.add_argument("--num_evaluations", type=int, default=2, help="of the head, a patch")

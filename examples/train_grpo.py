@@ -1,6 +1,6 @@
 """Reinforcement learning: make the pictures that a reward likes more likely, from a pipeline of either kind.
 
-    accelerate launch --cpu --num_processes 2 examples/train_grpo.py --output_dir runs/icons-grpo \
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node=2 examples/train_grpo.py --output_dir runs/icons-grpo \
         --pretrained_model_name_or_path examples/pretrained/icons-64 --icons --reward rewards.icons:right
 
     accelerate launch examples/train_grpo.py --output_dir runs/digits-grpo \

@@ -2,12 +2,14 @@
 Distillation of the diffusion head: a student that draws in a few evaluations, without unconditional rows, what its
 teacher draws in many with guidance. docs/distillation.md tells why so.
 
-The teacher draws by the probability-flow equation, so that a patch is a function of its condition and of the noise it
-starts from (knowledge distillation of a deterministic sampler: Luhman and Luhman, 2021, arXiv 2101.02388). The student
-learns that function as the whole of its own few evaluations, through the loop that draws pictures.
+The teacher draws a patch's bits several times from one condition, by its own sampler. As often the student draws, by
+the loop that draws pictures and without noise but the first, so that its bits are a function of where it starts. Each
+of its draws is matched with one of the teacher's, so that all together differ least, and learns to become that one
+(implicit maximum likelihood estimation: Li and Malik, 2018, arXiv 1809.09087; the one-to-one matching keeps how often
+the teacher draws what).
 
-Shapes: B pictures or patches, M patches in a picture, P tokens a patch, C bits a token, D width of the condition, n
-steps, R rows of the transformer: B, or 2 B with guidance, the conditional ones first.
+Shapes: B pictures or patches, M patches in a picture, K draws of a patch, P tokens a patch, C bits a token, D width of
+the condition, n steps, R rows of the transformer: B, or 2 B with guidance, the conditional ones first.
 """
 
 from typing import Any
@@ -22,31 +24,28 @@ EARLIER_WEIGHT = 0.5
 LEAST_PROBABILITY = 1e-6  # of a bit
 
 
-class DenoisingRecorder:
+class ConditionRecorder:
     """
-    What the patches of pictures that a pipeline draws start from:
+    What the head is told of the patches of pictures that a pipeline draws:
 
-        with DenoisingRecorder(pipeline.transformer, num_pictures, num_inference_steps) as recorder:
+        with ConditionRecorder(pipeline.transformer, num_inference_steps) as recorder:
             pipeline(...)
-        condition, start = recorder.patches()
+        conditions = recorder.conditions()
 
     It looks at what the transformer is shown.
 
     Args:
         transformer: of the pipeline.
-        num_pictures (`int`): B, of one call of the pipeline.
         num_inference_steps (`int`): n, all of which are evaluated, as without an early stop.
     """
 
-    def __init__(self, transformer: nn.Module, num_pictures: int, num_inference_steps: int) -> None:
+    def __init__(self, transformer: nn.Module, num_inference_steps: int) -> None:
         self.transformer = transformer
-        self.num_pictures = num_pictures
         self.num_evaluations = num_inference_steps + 1
         self._conditions: list[torch.Tensor] = []  # of each patch, (R, P, D)
-        self._starts: list[torch.Tensor] = []  # of each patch, (B, P, C)
         self._num_seen = 0
 
-    def __enter__(self) -> "DenoisingRecorder":
+    def __enter__(self) -> "ConditionRecorder":
         self._handle = self.transformer.register_forward_pre_hook(self._record, with_kwargs=True)
         return self
 
@@ -54,40 +53,39 @@ class DenoisingRecorder:
         self._handle.remove()
 
     def _record(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        patch, evaluation = divmod(self._num_seen, self.num_evaluations)
         if kwargs.get("condition") is not None:
-            if patch == len(self._conditions):  # a patch asks for its modulations once or several times
+            # A patch asks for its modulations once or several times
+            if self._num_seen // self.num_evaluations == len(self._conditions):
                 self._conditions.append(kwargs["condition"].clone())
         elif kwargs.get("modulations") is not None:
-            if evaluation == 0:
-                self._starts.append(kwargs["noisy_code"][: self.num_pictures].clone())
             self._num_seen += 1
 
-    def patches(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The condition (R, M, P, D) and the noise (B, M, P, C) that each patch was drawn from."""
-        return torch.stack(self._conditions, dim=1), torch.stack(self._starts, dim=1)
+    def conditions(self) -> torch.Tensor:
+        """Of every patch, (R, M, P, D)."""
+        return torch.stack(self._conditions, dim=1)
 
 
 def denoise_from(
     transformer: nn.Module,
     condition: torch.Tensor,
-    start: torch.Tensor,
+    noise: torch.Tensor,
     scheduler: BinaryDiffusionScheduler,
     guidance_scale: float | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
-    Denoise patches as pictures are drawn, by a deterministic solver, and with gradients where they are enabled.
+    Denoise patches as pictures are drawn, each once or several times, with gradients where they are enabled.
 
     Args:
         transformer: a [`BitDanceTransformer`] or [`BitDanceClassTransformer`], wrapped (DDP, compile) or not.
         condition (R, P, D): of the patches.
-        start (B, P, C): the noise that they start from, float32.
-        scheduler: prepared for n steps, of `solver_type="probability_flow_2m"`.
+        noise (n + 1, B * K, P, C): the start and the noise of every step, float32, K draws of each patch side by side.
+            It is overwritten.
+        scheduler: prepared for n steps.
         guidance_scale: as in sampling; None where only conditional rows run.
 
     Returns:
-        The (guided) prediction (B, P, C) whose signs are the bits, and the head's own at each of the n + 1
-        evaluations, (R, P, C); all float32.
+        The (guided) prediction (B * K, P, C) whose signs are the bits, and the head's own at each of the n + 1
+        evaluations, (R * K, P, C); all float32.
     """
     predictions = []
 
@@ -96,10 +94,49 @@ def denoise_from(
         predictions.append(prediction)
         return prediction
 
+    num_draws = noise.shape[1] * (1 if guidance_scale is None else 2) // len(condition)
     modulations = transformer(condition=condition, timestep=scheduler.timesteps, return_dict=False)[0]
-    noise = torch.cat([start[None], start.new_zeros(scheduler.num_inference_steps, *start.shape)])
+    modulations = modulations.repeat_interleave(num_draws, dim=1)
     sample = denoise_patch(predict, iter(modulations), noise, scheduler, guidance_scale)
     return sample, predictions
+
+
+def bit_losses(prediction: torch.Tensor, code: torch.Tensor | int, bounded: bool) -> torch.Tensor:
+    """
+    What a prediction misses bits by, of the shape that both broadcast to.
+
+    Args:
+        bounded (`bool`): of the head. A prediction in (-1, 1) is the mean of a bit, whose cross entropy counts; of
+            others the squared error does.
+    """
+    if bounded:
+        return -((1 + prediction * code) / 2).clamp(min=LEAST_PROBABILITY).log()
+    return (prediction - code).square()
+
+
+@torch.no_grad()
+def match_draws(prediction: torch.Tensor, start: torch.Tensor, code: torch.Tensor, bounded: bool) -> torch.Tensor:
+    """
+    The teacher's draws in the order of the student's that they are matched with: of all one-to-one matchings of the K
+    draws of a patch the one with the least loss, less how well bits and start agree. The latter decides while the
+    student does not make much of where it starts. Needs SciPy.
+
+    Args:
+        prediction (B, K, P, C): of the student's last evaluation.
+        start (B, K, P, C): the noise that the student started from.
+        code (B, K, P, C): the bits of the teacher's draws.
+        bounded (`bool`): see [`bit_losses`].
+
+    Returns:
+        (B, K, P, C): `code`, each patch's draws in another order.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    # The loss, but for a part that does not depend on the bit, is linear in the bit
+    pull = (bit_losses(prediction, -1, bounded) - bit_losses(prediction, 1, bounded)) / 2 + start
+    costs = -(pull.flatten(2) @ code.to(pull.dtype).flatten(2).transpose(1, 2))  # (B, student's K, teacher's K)
+    order = torch.stack([torch.from_numpy(linear_sum_assignment(cost)[1]) for cost in costs.cpu().numpy()])
+    return code.gather(1, order.to(code.device)[..., None, None].expand_as(code))
 
 
 def distillation_loss(predictions: list[torch.Tensor], code: torch.Tensor, bounded: bool) -> torch.Tensor:
@@ -108,14 +145,8 @@ def distillation_loss(predictions: list[torch.Tensor], code: torch.Tensor, bound
 
     Args:
         predictions: of its evaluations, each (B, P, C).
-        code (B, P, C): the bits that the teacher drew from the same noise.
-        bounded (`bool`): of the head. A prediction in (-1, 1) is the mean of a bit, whose cross entropy counts; of
-            others the squared error does.
+        code (B, P, C): the bits to become.
+        bounded (`bool`): see [`bit_losses`].
     """
-    if bounded:
-        losses = [
-            -((1 + prediction * code) / 2).clamp(min=LEAST_PROBABILITY).log().mean() for prediction in predictions
-        ]
-    else:
-        losses = [(prediction - code).square().mean() for prediction in predictions]
+    losses = [bit_losses(prediction, code, bounded).mean() for prediction in predictions]
     return losses[-1] + EARLIER_WEIGHT * sum(losses[:-1])

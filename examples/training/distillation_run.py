@@ -12,17 +12,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitdance_diffusers.loaders.head import HEAD_WEIGHTS
-from bitdance_diffusers.training.distillation import denoise_from, distillation_loss
+from bitdance_diffusers.training.distillation import denoise_from, distillation_loss, match_draws
 from bitdance_diffusers.training.objective import RandomDraws
 from training.policy_run import ClassLabels, TextPrompts
 from training.randomness import random_generator
 from training.teacher_patches import TeacherPatches
 from training.transformer_run import Pipeline, TransformerRun
 
+COUPLINGS = ("flow", "matched")
+
 
 class HeadDistillation(TransformerRun):
     """
-    Steps on batches of `--train_batch_size` patches in every process.
+    Steps on batches of `--train_batch_size` patches in every process, each with all of its draws.
 
     Args:
         patches ([`TeacherPatches`]): what is learnt from.
@@ -54,11 +56,11 @@ class HeadDistillation(TransformerRun):
             pipeline,
             args.max_train_steps,
             f"its head distilled by `distill_head.py` to {args.num_evaluations} evaluations a patch",
-            f"{len(patches.index)} patches of {args.num_pictures} pictures that its teacher drew",
+            f"{len(patches.condition)} patches of {args.num_pictures} pictures that its teacher drew",
             checkpoint,
             validation,
             len(self.asked),
-            num_draws_in_all=len(patches.index),
+            num_draws_in_all=len(patches.condition),
         )
         self.bounded = pipeline.transformer.head.bounded
         self.per_step /= len(prompts.positions)  # pictures, which have so many patches
@@ -75,12 +77,21 @@ class HeadDistillation(TransformerRun):
             )
             batch += 1
             chosen = draws.draw(self.choose, (args.train_batch_size,))
-            condition = self.patches.condition[self.patches.index[chosen]].to(device, self.dtype)
-            start, code = self.patches.start[chosen].to(device), self.patches.code[chosen].to(device, torch.float32)
+            condition = self.patches.condition[chosen].to(device, self.dtype)
+            code = self.patches.code[chosen].to(device, torch.float32)  # (B, K, P, C)
+            if args.coupling == "flow":
+                start = self.patches.start[chosen]
+            else:
+                start = draws.draw(torch.randn, tuple(code.shape))
+            start = start.to(device)
+            noise = torch.zeros(args.num_evaluations, *start.flatten(0, 1).shape, device=device)
+            noise[0] = start.flatten(0, 1)
             self.timer.lap("data")
             with accelerator.accumulate(self.transformer):
-                _, predictions = denoise_from(self.transformer, condition, start, self.scheduler)
-                self.optimize(distillation_loss(predictions, code, self.bounded))
+                _, predictions = denoise_from(self.transformer, condition, noise, self.scheduler)
+                if args.coupling == "matched":
+                    code = match_draws(predictions[-1].view_as(code), start, code, self.bounded)
+                self.optimize(distillation_loss(predictions, code.flatten(0, 1), self.bounded))
 
     def finish(self, *args: Any) -> None:
         """As [`TransformerRun.finish`]; beside the pipeline the head alone is saved."""
@@ -89,8 +100,8 @@ class HeadDistillation(TransformerRun):
             self.pipeline.save_head(self.args.output_dir)
 
     def choose(self, shape: tuple[int, ...], **kwargs: Any) -> torch.Tensor:
-        """Draws of patches, by their numbers."""
-        return torch.randint(len(self.patches.index), shape, **kwargs)
+        """Numbers of patches."""
+        return torch.randint(len(self.patches.condition), shape, **kwargs)
 
 
 def keep_head_alone(accelerator: Accelerator, transformer: nn.Module) -> None:

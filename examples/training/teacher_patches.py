@@ -1,6 +1,7 @@
-"""Patches that a pipeline drew, with what the head drew each from: made once and kept on disk, to be distilled."""
+"""Patches that a pipeline drew, several times from each condition: made once and kept on disk, to be distilled."""
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from bitdance_diffusers import BinaryDiffusionScheduler
 from bitdance_diffusers.patch_order import grid_to_patches
-from bitdance_diffusers.training.distillation import DenoisingRecorder, denoise_from
+from bitdance_diffusers.training.distillation import ConditionRecorder, denoise_from
 from training.policy_run import ClassLabels, TextPrompts
 from training.randomness import random_generator
 from training.transformer_run import Pipeline, Transformer
@@ -31,23 +32,23 @@ KEPT_CERTAIN = 0.2
 @dataclass
 class TeacherPatches:
     """
-    N patches of the teacher's pictures, and E draws of them: each patch's own, then further ones from other noise.
+    N patches of the teacher's pictures, each drawn K times.
 
     Args:
         condition (N, P, D): float16, of the conditional rows.
-        index (E,): which patch a draw is of.
-        start (E, P, C): float32, the noise that it was drawn from.
-        code (E, P, C): int8, the bits.
+        start (N, K, P, C): float32, the noise that each draw started from.
+        code (N, K, P, C): int8, the bits.
     """
 
     condition: torch.Tensor
-    index: torch.Tensor
     start: torch.Tensor
     code: torch.Tensor
 
 
-def teacher_scheduler(pipeline: Pipeline) -> BinaryDiffusionScheduler:
-    """What makes of a patch a function of the noise that it starts from."""
+def draw_scheduler(args: argparse.Namespace, pipeline: Pipeline) -> BinaryDiffusionScheduler:
+    """How the patches are drawn that the student learns from."""
+    if args.coupling == "matched":
+        return copy.copy(pipeline.scheduler)
     return BinaryDiffusionScheduler.from_config(pipeline.scheduler.config, solver_type="probability_flow_2m")
 
 
@@ -67,7 +68,7 @@ def draw_teacher_patches(
         guidance_scale = pipeline.config.default_guidance_scale
     settings = {
         "teacher": fingerprint(pipeline.transformer),
-        "scheduler": {k: v for k, v in teacher_scheduler(pipeline).config.items() if not k.startswith("_")},
+        "scheduler": {k: v for k, v in draw_scheduler(args, pipeline).config.items() if not k.startswith("_")},
         "guidance_scale": guidance_scale,
         "prompts": prompts.call_arguments(prompts.draw(np.random.default_rng(0), 8)),
         **{name: getattr(args, name) for name in ("teacher_steps", "teacher_batch_size", "num_draws", "seed")},
@@ -87,10 +88,6 @@ def draw_teacher_patches(
     accelerator.wait_for_everyone()
 
     parts = [load_file(file) for file in files]
-    first = 0
-    for part in parts:
-        part["index"] += first
-        first += len(part["condition"])
     return TeacherPatches(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
@@ -121,10 +118,9 @@ def draw_file(
     number: int,
 ) -> dict[str, torch.Tensor]:
     """Draw the pictures of one file: the fields of [`TeacherPatches`]."""
-    batch, transformer = args.teacher_batch_size, pipeline.transformer
+    batch, transformer, scheduler = args.teacher_batch_size, pipeline.transformer, draw_scheduler(args, pipeline)
     asked = prompts.draw(np.random.default_rng((args.seed, number)), batch)
-    own_scheduler, pipeline.scheduler = pipeline.scheduler, teacher_scheduler(pipeline)
-    with DenoisingRecorder(transformer, batch, args.teacher_steps) as recorder:
+    with ConditionRecorder(transformer, args.teacher_steps) as recorder:
         grid = pipeline(
             **prompts.call_arguments(asked),
             num_inference_steps=args.teacher_steps,
@@ -132,39 +128,38 @@ def draw_file(
             generator=[random_generator(args.seed, number, i) for i in range(batch)],
             output_type="latent",
         ).images
-    scheduler, pipeline.scheduler = pipeline.scheduler, own_scheduler
-    conditions, start = recorder.patches()
+    conditions = recorder.conditions()
     halves = len(conditions) // batch
     conditions = conditions.unflatten(0, (halves, batch)).flatten(1, 2)  # (1 or 2, N, P, D)
-    start, code = start.flatten(0, 1), grid_to_patches(grid, transformer.config.patch_size).flatten(0, 1)
+    code = grid_to_patches(grid, transformer.config.patch_size).flatten(0, 1)  # (N, P, C)
+    generator = random_generator(args.seed, number, batch)
+
+    def draw_noise(num_steps: int, num_patches: int) -> torch.Tensor:
+        return torch.randn(num_steps + 1, num_patches, *code.shape[1:], generator=generator).to(code.device)
 
     # 1. Patches that teach nothing are left out but for a share
-    generator = random_generator(args.seed, number, batch)
-    at_once = 8 * batch
-    scheduler.set_timesteps(1, start.device)
+    scheduler.set_timesteps(1, code.device)
     first = [
-        denoise_from(transformer, some, begin, scheduler)[1][0]
-        for some, begin in zip(conditions[0].split(at_once), start.split(at_once), strict=True)
+        denoise_from(transformer, some, draw_noise(1, len(some)), scheduler)[1][0]
+        for some in conditions[0].split(batch)
     ]
     uncertain = (torch.cat(first).abs().amin(dim=(1, 2)) < CERTAIN).cpu()
     kept = (uncertain | (torch.rand(len(uncertain), generator=generator) < KEPT_CERTAIN)).nonzero()[:, 0]
 
-    # 2. The others are drawn again, from other noise
-    scheduler.set_timesteps(args.teacher_steps, start.device)
-    index, starts, codes = [torch.arange(len(kept))], [start[kept]], [code[kept]]
-    again = uncertain[kept].nonzero()[:, 0]
-    for some in again.repeat(args.num_draws - 1).split(at_once):
-        noise = torch.randn(len(some), *start.shape[1:], generator=generator).to(start.device)
+    # 2. The uncertain ones are drawn again, each time from other noise; of the certain ones all draws would be the same
+    scheduler.set_timesteps(args.teacher_steps, code.device)
+    codes = code[kept, None].repeat(1, args.num_draws, 1, 1)
+    starts = draw_noise(0, codes.shape[0] * args.num_draws)[0].view_as(codes)
+    for some in uncertain[kept].nonzero()[:, 0].split(max(1, batch // args.num_draws)):
         rows = conditions[:, kept[some]].flatten(0, 1)
+        noise = draw_noise(args.teacher_steps, len(some) * args.num_draws)
+        noise[0] = starts[some].flatten(0, 1)
         drawn, _ = denoise_from(transformer, rows, noise, scheduler, guidance_scale if halves == 2 else None)
-        index.append(some)
-        starts.append(noise)
-        codes.append(torch.where(drawn > 0, 1, -1))
+        codes[some] = torch.where(drawn > 0, 1.0, -1.0).unflatten(0, (len(some), args.num_draws))
     return {
         "condition": conditions[0, kept].to("cpu", torch.float16).contiguous(),
-        "index": torch.cat(index),
-        "start": torch.cat(starts).cpu(),
-        "code": torch.cat(codes).to("cpu", torch.int8),
+        "start": starts.cpu(),
+        "code": codes.to("cpu", torch.int8),
     }
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,19 +6,24 @@ import torch
 
 from bitdance_diffusers import BinaryDiffusionScheduler
 from bitdance_diffusers.patch_order import grid_to_patches
-from bitdance_diffusers.training.distillation import DenoisingRecorder, denoise_from, distillation_loss
+from bitdance_diffusers.training.distillation import (
+    ConditionRecorder,
+    bit_losses,
+    denoise_from,
+    distillation_loss,
+    match_draws,
+)
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])
 @pytest.mark.parametrize("kind", ["text", "class"])
 def test_recorded_patches_are_drawn_again(kind, guidance_scale, t2i_pipeline, class_pipeline):
-    """From its condition and the noise that it started from each patch becomes what it was in the pictures."""
+    """From its condition and its noise each patch becomes what it was in the pictures, beside another draw of it."""
     if kind == "text":
         pipeline, asked = t2i_pipeline(), {"prompt": ["a fox", "two red foxes in the snow"], "height": 16, "width": 16}
     else:
         pipeline, asked = class_pipeline("class_p4"), {"class_labels": [0, 1], "guidance_schedule": "constant"}
-    pipeline.scheduler = BinaryDiffusionScheduler(solver_type="probability_flow_2m")
-    with DenoisingRecorder(pipeline.transformer, 2, 5) as recorder:
+    with ConditionRecorder(pipeline.transformer, 5) as recorder:
         code = pipeline(
             **asked,
             num_inference_steps=5,
@@ -26,23 +32,26 @@ def test_recorded_patches_are_drawn_again(kind, guidance_scale, t2i_pipeline, cl
             output_type="latent",
         ).images
     assert not pipeline.transformer._forward_pre_hooks
-    condition, start = recorder.patches()
-    patches = grid_to_patches(code, 2)
-    halves = 1 if guidance_scale is None else 2
-    assert condition.shape[:3] == (2 * halves, patches.shape[1], 4) and start.shape == patches.shape
-    # In generation order every picture drew its start, and then the noise of its steps, which is not used
-    generator = torch.Generator().manual_seed(1)
-    drawn = [torch.randn(6, *patches.shape[2:], generator=generator)[0] for _ in range(patches.shape[1])]
-    assert torch.equal(start[1, 0], drawn[0])
+    conditions, patches = recorder.conditions(), grid_to_patches(code, 2)  # (R, M, P, D), (2, M, P, C)
+    halves, num_patches = 1 if guidance_scale is None else 2, patches.shape[1]
+    assert conditions.shape[:3] == (2 * halves, num_patches, 4)
 
-    rows = condition.unflatten(0, (halves, 2)).flatten(1, 2).flatten(0, 1)
+    # In generation order every picture drew its start and the noise of its steps; a second draw has other noise
+    noise = torch.randn(6, 2, num_patches, 2, *patches.shape[2:], generator=torch.Generator().manual_seed(2))
+    for picture in range(2):
+        generator = torch.Generator().manual_seed(picture)
+        for patch, step in itertools.product(range(num_patches), range(6)):
+            noise[step, picture, patch, 0] = torch.randn(patches.shape[2:], generator=generator)
+    rows = conditions.unflatten(0, (halves, 2)).flatten(1, 2).flatten(0, 1)
     pipeline.scheduler.set_timesteps(5)
     with torch.no_grad():
         sample, predictions = denoise_from(
-            pipeline.transformer, rows, start.flatten(0, 1), pipeline.scheduler, guidance_scale
+            pipeline.transformer, rows, noise.flatten(1, 3), pipeline.scheduler, guidance_scale
         )
-    assert len(predictions) == 6 and predictions[0].shape == (len(rows), *patches.shape[2:])
-    assert ((sample > 0) == (patches.flatten(0, 1) > 0)).float().mean() > 0.999  # other batches round otherwise
+    assert len(predictions) == 6 and predictions[0].shape == (2 * len(rows), *patches.shape[2:])
+    draws = sample.unflatten(0, (2, num_patches, 2))
+    assert ((draws[:, :, 0] > 0) == (patches > 0)).float().mean() > 0.999  # other batches round otherwise
+    assert ((draws[:, :, 1] > 0) == (patches > 0)).float().mean() < 0.99
 
 
 def test_gradients_go_through_all_evaluations(t2i_pipeline):
@@ -50,13 +59,30 @@ def test_gradients_go_through_all_evaluations(t2i_pipeline):
     scheduler = BinaryDiffusionScheduler(solver_type="probability_flow_2m")
     scheduler.set_timesteps(2)
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(3, 4, transformer.config.in_channels, generator=generator)
+    noise = torch.randn(3, 3, 4, transformer.config.in_channels, generator=generator)
     condition = torch.randn(3, 4, transformer.config.hidden_size, generator=generator)
-    before = start.clone()
-    sample, predictions = denoise_from(transformer, condition, start, scheduler)
-    assert torch.equal(sample, predictions[-1]) and torch.equal(start, before)
+    sample, predictions = denoise_from(transformer, condition, noise, scheduler)
+    assert torch.equal(sample, predictions[-1])
     gradients = torch.autograd.grad(sample.sum(), predictions)
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_matched_draws_differ_least(bounded):
+    """Of all orders of the teacher's draws; each of them stays as it is."""
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.rand(5, 4, 2, 3, generator=generator) * 1.9 - 0.95
+    code = torch.randn(5, 4, 2, 3, generator=generator).sign()
+    nothing = torch.zeros_like(code)
+    matched = match_draws(prediction, nothing, code, bounded)
+    orders = [list(order) for order in itertools.permutations(range(4))]
+    losses = torch.stack([bit_losses(prediction, code[:, order], bounded).sum((1, 2, 3)) for order in orders])
+    torch.testing.assert_close(bit_losses(prediction, matched, bounded).sum((1, 2, 3)), losses.amin(dim=0))
+    assert sorted(matched[0].flatten(1).tolist()) == sorted(code[0].flatten(1).tolist())
+    # Where the student says nothing, bits and start agree as much as they can
+    matched = match_draws(nothing, prediction, code, bounded)
+    agreements = torch.stack([(prediction * code[:, order]).sum((1, 2, 3)) for order in orders])
+    torch.testing.assert_close((prediction * matched).sum((1, 2, 3)), agreements.amax(dim=0))
 
 
 def test_the_loss_is_that_of_all_evaluations():
