@@ -35,9 +35,9 @@ sys.path.insert(0, str(EXAMPLES))
 from drawing.models import add_model_arguments, load_pipeline  # noqa: E402
 from icon_world.held_out_score import rate_pictures, sample_prompts  # noqa: E402
 from icon_world.world import CATEGORIES, IconWorld  # noqa: E402
+from scores.shares import resampled_difference  # noqa: E402
 
 VARIANTS = ["euler_maruyama:51"] + [f"exponential_2m:{number}" for number in (8, 12, 16, 20, 30, 51)]
-NUM_RESAMPLES = 2000
 
 
 def parse_option(text: str) -> tuple[str, str | int | float | list[float]]:
@@ -112,22 +112,6 @@ def score(
     return right, torch.cat(codes), calls / drawn_at_once, rows / drawn
 
 
-def mean_over_categories(right: np.ndarray, members: list[np.ndarray]) -> float:
-    """Of values by prompt, (prompts,); `members` holds the prompts of each category."""
-    return float(np.mean([right[rows].mean() for rows in members]))
-
-
-def difference(right: np.ndarray, reference: np.ndarray, members: list[np.ndarray]) -> tuple[float, float, float]:
-    """The difference of two scores, and the ends of its 95 % interval."""
-    rng = np.random.default_rng(0)
-    delta = right.astype(float) - reference
-    resampled = [
-        mean_over_categories(delta, [rng.choice(rows, len(rows)) for rows in members]) for _ in range(NUM_RESAMPLES)
-    ]
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return mean_over_categories(delta, members), float(low), float(high)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
@@ -145,8 +129,8 @@ def main() -> None:
     pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     pipe.set_progress_bar_config(disable=True)
     prompts = sample_prompts(world.validation_prompts, args.pictures_per_category, args.seed)
-    categories = np.array([world.parse(prompt).category for prompt in prompts])
-    members = [np.flatnonzero(categories == category) for category in CATEGORIES]
+    categories = [world.parse(prompt).category for prompt in prompts]
+    members = {name: np.array([category == name for category in categories]) for name in CATEGORIES}
 
     own_spacing = pipe.scheduler.config.timestep_spacing
     rows, record, reference, reference_code = [], [], None, None
@@ -156,11 +140,11 @@ def main() -> None:
         right, code, calls, head_rows = score(pipe, world, prompts, solver, spacing, call, args)
         if reference is None:
             reference, reference_code = right, code
-        delta, low, high = difference(right, reference, members)
+        delta, low, high = resampled_difference(right, reference, prompts, categories)
         bits = (code != reference_code).float().mean().item()
-        result = {"calls": calls, "rows": head_rows, "bits": bits, "score": mean_over_categories(right, members)}
-        result |= {"difference": delta, "low": low, "high": high}
-        result |= {name: float(right[rows].mean()) for name, rows in zip(CATEGORIES, members, strict=True)}
+        by_category = {name: float(right[chosen].mean()) for name, chosen in members.items()}
+        result = {"calls": calls, "rows": head_rows, "bits": bits, "score": float(np.mean(list(by_category.values())))}
+        result |= {"difference": delta, "low": low, "high": high, **by_category}
         record.append({"solver": solver, "evaluations": evaluations, **options, **result})
         named = ", ".join(f"{name} {value}" for name, value in options.items())
         rows.append([solver, evaluations, named, *(f"{value:.4g}" for value in result.values())])

@@ -26,7 +26,7 @@ from drawing.models import DTYPES
 from train_grpo import add_prompt_arguments, check_prompt_arguments, find_prompts
 from training.arguments import check_at_least, check_run_arguments, parse_arguments
 from training.checkpoints import find_checkpoint
-from training.distillation_run import COUPLINGS, HeadDistillation
+from training.distillation_run import HeadDistillation
 from training.teacher_patches import draw_teacher_patches
 from training.transformer_run import add_model_arguments, create_accelerator, load_pretrained
 
@@ -44,18 +44,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     teacher.add_argument("--patches_dir", type=Path, help="of the teacher's patches; `patches` in --output_dir")
     teacher.add_argument("--num_pictures", type=int, default=4096, help="that the teacher draws")
     teacher.add_argument("--teacher_batch_size", type=int, default=64, help="pictures that are drawn at once")
-    teacher.add_argument("--teacher_steps", type=int, default=19, help="diffusion steps a patch")
+    teacher.add_argument("--teacher_steps", type=int, default=19, help="diffusion steps a patch of what is learnt")
     teacher.add_argument("--teacher_guidance_scale", type=float, help="the pipeline's default; 1 is without")
     teacher.add_argument("--num_draws", type=int, default=4, help="of each patch that is not certain from the start")
-    teacher.add_argument(
-        "--coupling",
-        choices=COUPLINGS,
-        default="flow",
-        help="of the student's draws with the teacher's: from the same noise, or the most alike of those of a patch",
-    )
 
     student = parser.add_argument_group("student")
     student.add_argument("--num_evaluations", type=int, default=2, help="of the head, a patch")
+    student.add_argument(
+        "--shift", type=float, default=19.0, help="of the student's times; 19 lets its last step end at 0.5"
+    )
     return parse_arguments(parser, arguments, check_args)
 
 
@@ -97,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     if args.initial_head is not None:
         pipeline.load_head(args.initial_head)
     pipeline.scheduler = BinaryDiffusionScheduler.from_config(
-        pipeline.scheduler.config, solver_type="probability_flow_2m", timestep_spacing="quadratic"
+        pipeline.scheduler.config, solver_type="probability_flow_2m", shift=args.shift
     )
     pipeline.register_to_config(default_num_inference_steps=args.num_evaluations - 1, default_guidance_scale=1.0)
     run = HeadDistillation(args, accelerator, pipeline, patches, prompts, checkpoint)

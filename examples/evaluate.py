@@ -38,7 +38,7 @@ from data.whole_files import write_json
 from drawing.models import DTYPES, SHIPPED_MODEL, add_model_arguments, find_device, load_pipeline
 from drawing.pictures import save_image
 from icon_world.editing import EDITS, make_edits, show_edit
-from icon_world.held_out_score import Rated, rate_pictures, report, sample_prompts
+from icon_world.held_out_score import Rated, rate_pictures, read_reference, report, sample_prompts
 from icon_world.new_shape import NEW_SHAPES, NewShapeWorld
 from icon_world.world import CATEGORIES, IconWorld
 from mnist_digits.classifier import classify, train_classifier
@@ -58,6 +58,7 @@ def evaluate_icons(args: argparse.Namespace) -> None:
     split = world.validation_prompts if args.split == "validation" else world.held_out_prompts
     prompts = sample_prompts(split, args.pictures_per_category, args.seed)
     prompts = [prompt for prompt in prompts if world.parse(prompt).category in args.categories]
+    reference = None if args.against is None else read_reference(args.against)
     pipe = load_pipeline(args.model, args.dtype, args.device, lora=args.lora)
     pipe.set_progress_bar_config(disable=True)
     search = {name: getattr(args, name) for name in ("best_of", "num_candidates_per_row", "num_kept_per_row")}
@@ -87,7 +88,7 @@ def evaluate_icons(args: argparse.Namespace) -> None:
             **search,
         ).images
 
-    report(rate_pictures(world, prompts, draw, args.seed, args.batch_size), settings, args)
+    report(rate_pictures(world, prompts, draw, args.seed, args.batch_size), settings, args, reference)
 
 
 def evaluate_icons_tokenizer(args: argparse.Namespace) -> None:
@@ -347,6 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="validation: a fifth of the training prompts, to choose guidance, steps or a solver on",
     )  # fmt: skip
     command.add_argument("--new_shape", choices=NEW_SHAPES, help="only prompts that name this shape, which is new")
+    command.add_argument("--against", type=Path, help="what an earlier run wrote to --json, to print the difference")
     command.add_argument("--categories", nargs="+", choices=CATEGORIES, default=CATEGORIES, metavar="CATEGORY")
     command.add_argument(
         "--best_of", type=int, default=1, help="candidates of each picture, chosen by the model's score"

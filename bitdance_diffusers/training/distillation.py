@@ -2,11 +2,9 @@
 Distillation of the diffusion head: a student that draws in a few evaluations, without unconditional rows, what its
 teacher draws in many with guidance. docs/distillation.md tells why so.
 
-The teacher draws a patch's bits several times from one condition, by its own sampler. As often the student draws, by
-the loop that draws pictures and without noise but the first, so that its bits are a function of where it starts. Each
-of its draws is matched with one of the teacher's, so that all together differ least, and learns to become that one
-(implicit maximum likelihood estimation: Li and Malik, 2018, arXiv 1809.09087; the one-to-one matching keeps how often
-the teacher draws what).
+The teacher draws patches by the probability-flow equation, so that a patch is a function of its condition and of the
+noise it starts from (knowledge distillation of a deterministic sampler: Luhman and Luhman, 2021, arXiv 2101.02388).
+The student learns that function as the whole of its own few evaluations, through the loop that draws pictures.
 
 Shapes: B pictures or patches, M patches in a picture, K draws of a patch, P tokens a patch, C bits a token, D width of
 the condition, n steps, R rows of the transformer: B, or 2 B with guidance, the conditional ones first.
@@ -101,52 +99,20 @@ def denoise_from(
     return sample, predictions
 
 
-def bit_losses(prediction: torch.Tensor, code: torch.Tensor | int, bounded: bool) -> torch.Tensor:
-    """
-    What a prediction misses bits by, of the shape that both broadcast to.
-
-    Args:
-        bounded (`bool`): of the head. A prediction in (-1, 1) is the mean of a bit, whose cross entropy counts; of
-            others the squared error does.
-    """
-    if bounded:
-        return -((1 + prediction * code) / 2).clamp(min=LEAST_PROBABILITY).log()
-    return (prediction - code).square()
-
-
-@torch.no_grad()
-def match_draws(prediction: torch.Tensor, start: torch.Tensor, code: torch.Tensor, bounded: bool) -> torch.Tensor:
-    """
-    The teacher's draws in the order of the student's that they are matched with: of all one-to-one matchings of the K
-    draws of a patch the one with the least loss, less how well bits and start agree. The latter decides while the
-    student does not make much of where it starts. Needs SciPy.
-
-    Args:
-        prediction (B, K, P, C): of the student's last evaluation.
-        start (B, K, P, C): the noise that the student started from.
-        code (B, K, P, C): the bits of the teacher's draws.
-        bounded (`bool`): see [`bit_losses`].
-
-    Returns:
-        (B, K, P, C): `code`, each patch's draws in another order.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    # The loss, but for a part that does not depend on the bit, is linear in the bit
-    pull = (bit_losses(prediction, -1, bounded) - bit_losses(prediction, 1, bounded)) / 2 + start
-    costs = -(pull.flatten(2) @ code.to(pull.dtype).flatten(2).transpose(1, 2))  # (B, student's K, teacher's K)
-    order = torch.stack([torch.from_numpy(linear_sum_assignment(cost)[1]) for cost in costs.cpu().numpy()])
-    return code.gather(1, order.to(code.device)[..., None, None].expand_as(code))
-
-
 def distillation_loss(predictions: list[torch.Tensor], code: torch.Tensor, bounded: bool) -> torch.Tensor:
     """
     What the student's sample and, with half the weight each, its earlier predictions miss the teacher's bits by.
 
     Args:
         predictions: of its evaluations, each (B, P, C).
-        code (B, P, C): the bits to become.
-        bounded (`bool`): see [`bit_losses`].
+        code (B, P, C): the bits that the teacher drew from the same noise.
+        bounded (`bool`): of the head. A prediction in (-1, 1) is the mean of a bit, whose cross entropy counts; of
+            others the squared error does.
     """
-    losses = [bit_losses(prediction, code, bounded).mean() for prediction in predictions]
+    if bounded:
+        losses = [
+            -((1 + prediction * code) / 2).clamp(min=LEAST_PROBABILITY).log().mean() for prediction in predictions
+        ]
+    else:
+        losses = [(prediction - code).square().mean() for prediction in predictions]
     return losses[-1] + EARLIER_WEIGHT * sum(losses[:-1])

@@ -1,9 +1,11 @@
 """How many pictures of the icon world's prompts are right, by category."""
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -12,7 +14,7 @@ from tqdm import tqdm
 from data.whole_files import write_json
 from drawing.pictures import make_grid, save_image
 from icon_world.world import CATEGORIES, IconPrompt, IconWorld
-from scores.shares import Score, mean_score, print_scores, wilson_score
+from scores.shares import Score, mean_score, print_scores, resampled_difference, wilson_score
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,43 @@ def score_categories(rated: list[Rated]) -> dict[str, Score]:
     return scores | {"mean": mean_score(list(scores.values()))}
 
 
-def report(rated: list[Rated], settings: dict, args: argparse.Namespace) -> None:
-    """Print the table, and write what `--json` and `--grid` ask for."""
+def read_reference(path: Path) -> dict[tuple[str, int], bool]:
+    """
+    What an earlier run wrote to `--json`: whether the picture of each prompt and seed is right.
+
+    Raises:
+        ValueError: if the file is not there, or none of those.
+    """
+    try:
+        pictures = json.loads(path.read_text(encoding="utf-8"))["pictures"]
+        return {(one["prompt"], one["seed"]): not one["reason"] for one in pictures}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`against` has to be a file that `--json` wrote, but {path} cannot be read: {error}"
+        ) from error
+
+
+def report(
+    rated: list[Rated],
+    settings: dict,
+    args: argparse.Namespace,
+    reference: Mapping[tuple[str, int], bool] | None = None,
+) -> None:
+    """
+    Print the table, and where there is a `reference` the difference from it over the pictures of equal prompts and
+    seeds; write what `--json` and `--grid` ask for.
+    """
     scores = score_categories(rated)
     print_scores("category", scores)
+    if reference is not None:
+        both = [one for one in rated if (one.prompt, one.seed) in reference]
+        value, low, high = resampled_difference(
+            np.array([not one.reason for one in both]),
+            np.array([reference[one.prompt, one.seed] for one in both]),
+            [one.prompt for one in both],
+            [one.category for one in both],
+        )
+        print(f"{'difference':<14}{value:>+7.3f}  {low:+.3f} - {high:+.3f}  {len(both):>9}")
     if args.json:
         result = {
             "settings": settings,

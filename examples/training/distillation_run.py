@@ -12,14 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitdance_diffusers.loaders.head import HEAD_WEIGHTS
-from bitdance_diffusers.training.distillation import denoise_from, distillation_loss, match_draws
+from bitdance_diffusers.training.distillation import denoise_from, distillation_loss
 from bitdance_diffusers.training.objective import RandomDraws
 from training.policy_run import ClassLabels, TextPrompts
 from training.randomness import random_generator
 from training.teacher_patches import TeacherPatches
 from training.transformer_run import Pipeline, TransformerRun
-
-COUPLINGS = ("flow", "matched")
 
 
 class HeadDistillation(TransformerRun):
@@ -79,18 +77,12 @@ class HeadDistillation(TransformerRun):
             chosen = draws.draw(self.choose, (args.train_batch_size,))
             condition = self.patches.condition[chosen].to(device, self.dtype)
             code = self.patches.code[chosen].to(device, torch.float32)  # (B, K, P, C)
-            if args.coupling == "flow":
-                start = self.patches.start[chosen]
-            else:
-                start = draws.draw(torch.randn, tuple(code.shape))
-            start = start.to(device)
+            start = self.patches.start[chosen].to(device)
             noise = torch.zeros(args.num_evaluations, *start.flatten(0, 1).shape, device=device)
             noise[0] = start.flatten(0, 1)
             self.timer.lap("data")
             with accelerator.accumulate(self.transformer):
                 _, predictions = denoise_from(self.transformer, condition, noise, self.scheduler)
-                if args.coupling == "matched":
-                    code = match_draws(predictions[-1].view_as(code), start, code, self.bounded)
                 self.optimize(distillation_loss(predictions, code.flatten(0, 1), self.bounded))
 
     def finish(self, *args: Any) -> None:

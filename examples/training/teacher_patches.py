@@ -1,7 +1,6 @@
 """Patches that a pipeline drew, several times from each condition: made once and kept on disk, to be distilled."""
 
 import argparse
-import copy
 import hashlib
 import json
 import os
@@ -45,10 +44,8 @@ class TeacherPatches:
     code: torch.Tensor
 
 
-def draw_scheduler(args: argparse.Namespace, pipeline: Pipeline) -> BinaryDiffusionScheduler:
-    """How the patches are drawn that the student learns from."""
-    if args.coupling == "matched":
-        return copy.copy(pipeline.scheduler)
+def flow_scheduler(pipeline: Pipeline) -> BinaryDiffusionScheduler:
+    """What makes of a patch a function of the noise that it starts from."""
     return BinaryDiffusionScheduler.from_config(pipeline.scheduler.config, solver_type="probability_flow_2m")
 
 
@@ -68,10 +65,14 @@ def draw_teacher_patches(
         guidance_scale = pipeline.config.default_guidance_scale
     settings = {
         "teacher": fingerprint(pipeline.transformer),
-        "scheduler": {k: v for k, v in draw_scheduler(args, pipeline).config.items() if not k.startswith("_")},
+        "scheduler": {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")},
         "guidance_scale": guidance_scale,
+        "picture_steps": pipeline.config.default_num_inference_steps,
         "prompts": prompts.call_arguments(prompts.draw(np.random.default_rng(0), 8)),
-        **{name: getattr(args, name) for name in ("teacher_steps", "teacher_batch_size", "num_draws", "seed")},
+        **{
+            name: getattr(args, name)
+            for name in ("teacher_steps", "teacher_batch_size", "num_draws", "mixed_precision", "seed")
+        },
     }
     settings = json.loads(json.dumps(settings))
     check_settings(folder, settings, accelerator)
@@ -81,7 +82,7 @@ def draw_teacher_patches(
     pipeline.set_progress_bar_config(disable=True)
     share = missing[accelerator.process_index :: accelerator.num_processes]
     for i, file in tqdm(share, desc="Drawing", unit="file", disable=not accelerator.is_local_main_process):
-        tensors = draw_file(args, pipeline, prompts, guidance_scale, i)
+        tensors = draw_file(args, accelerator, pipeline, prompts, guidance_scale, i)
         partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
         save_file(tensors, partial)
         partial.replace(file)
@@ -112,18 +113,21 @@ def check_settings(folder: Path, settings: dict[str, Any], accelerator: Accelera
 @torch.no_grad()
 def draw_file(
     args: argparse.Namespace,
+    accelerator: Accelerator,
     pipeline: Pipeline,
     prompts: TextPrompts | ClassLabels,
     guidance_scale: float,
     number: int,
 ) -> dict[str, torch.Tensor]:
-    """Draw the pictures of one file: the fields of [`TeacherPatches`]."""
-    batch, transformer, scheduler = args.teacher_batch_size, pipeline.transformer, draw_scheduler(args, pipeline)
+    """
+    Draw the pictures of one file, by the pipeline's own sampler, and their patches several times: the fields of
+    [`TeacherPatches`].
+    """
+    batch, transformer, scheduler = args.teacher_batch_size, pipeline.transformer, flow_scheduler(pipeline)
     asked = prompts.draw(np.random.default_rng((args.seed, number)), batch)
-    with ConditionRecorder(transformer, args.teacher_steps) as recorder:
+    with ConditionRecorder(transformer, pipeline.config.default_num_inference_steps) as recorder:
         grid = pipeline(
             **prompts.call_arguments(asked),
-            num_inference_steps=args.teacher_steps,
             guidance_scale=guidance_scale,
             generator=[random_generator(args.seed, number, i) for i in range(batch)],
             output_type="latent",
@@ -146,7 +150,7 @@ def draw_file(
     uncertain = (torch.cat(first).abs().amin(dim=(1, 2)) < CERTAIN).cpu()
     kept = (uncertain | (torch.rand(len(uncertain), generator=generator) < KEPT_CERTAIN)).nonzero()[:, 0]
 
-    # 2. The uncertain ones are drawn again, each time from other noise; of the certain ones all draws would be the same
+    # 2. The uncertain ones are drawn again, each time from other noise; all draws of a certain one would be the same
     scheduler.set_timesteps(args.teacher_steps, code.device)
     codes = code[kept, None].repeat(1, args.num_draws, 1, 1)
     starts = draw_noise(0, codes.shape[0] * args.num_draws)[0].view_as(codes)
@@ -154,7 +158,8 @@ def draw_file(
         rows = conditions[:, kept[some]].flatten(0, 1)
         noise = draw_noise(args.teacher_steps, len(some) * args.num_draws)
         noise[0] = starts[some].flatten(0, 1)
-        drawn, _ = denoise_from(transformer, rows, noise, scheduler, guidance_scale if halves == 2 else None)
+        with accelerator.autocast():
+            drawn, _ = denoise_from(transformer, rows, noise, scheduler, guidance_scale if halves == 2 else None)
         codes[some] = torch.where(drawn > 0, 1.0, -1.0).unflatten(0, (len(some), args.num_draws))
     return {
         "condition": conditions[0, kept].to("cpu", torch.float16).contiguous(),

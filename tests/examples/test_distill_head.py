@@ -25,7 +25,7 @@ def model(t2i_pipeline_path, class_pipeline_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for kind, path in (("text", t2i_pipeline_path), ("class", class_pipeline_path("class_p4"))):
         pipeline = DiffusionPipeline.from_pretrained(path)
-        pipeline.register_to_config(default_guidance_scale=2.0)
+        pipeline.register_to_config(default_guidance_scale=2.0, default_num_inference_steps=3)
         pipeline.save_pretrained(folder / kind)
     return lambda kind: folder / kind
 

@@ -49,7 +49,7 @@ def test_icons_scores_a_pipeline(t2i_pipeline, t2i_pipeline_path, tmp_path, caps
         assert grid.tobytes() == make_grid(images, captions).tobytes()
 
 
-def test_icons_scores_a_pipeline_on_training_prompts_to_choose_settings_on(t2i_pipeline_path, tmp_path, world):
+def test_icons_scores_a_pipeline_on_training_prompts_to_choose_settings_on(t2i_pipeline_path, tmp_path, world, capsys):
     arguments = ["icons", "--model", str(t2i_pipeline_path), "--pictures_per_category", "1", "--split", "validation"]
     main([*arguments, "--num_inference_steps", "1", "--json", str(tmp_path / "scores.json")])
     result = json.loads((tmp_path / "scores.json").read_text())
@@ -57,6 +57,17 @@ def test_icons_scores_a_pipeline_on_training_prompts_to_choose_settings_on(t2i_p
     for picture in result["pictures"]:
         prompt = world.parse(picture["prompt"])
         assert prompt in world.validation_prompts[prompt.category] and not world.is_held_out(prompt.text)
+
+    # Against itself, had half of the categories been right
+    for picture in result["pictures"][:3]:
+        picture["reason"] = ""
+    (tmp_path / "better.json").write_text(json.dumps(result))
+    capsys.readouterr()
+    main([*arguments, "--num_inference_steps", "1", "--against", str(tmp_path / "better.json")])
+    assert "difference     -0.500  -0.500 - -0.500          6" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*arguments, "--against", str(tmp_path / "nowhere.json")])
+    assert "`against` has to be a file that `--json` wrote" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("kind", ["replace", "extend", "recolor"])

@@ -6,13 +6,7 @@ import torch
 
 from bitdance_diffusers import BinaryDiffusionScheduler
 from bitdance_diffusers.patch_order import grid_to_patches
-from bitdance_diffusers.training.distillation import (
-    ConditionRecorder,
-    bit_losses,
-    denoise_from,
-    distillation_loss,
-    match_draws,
-)
+from bitdance_diffusers.training.distillation import ConditionRecorder, denoise_from, distillation_loss
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])
@@ -65,24 +59,6 @@ def test_gradients_go_through_all_evaluations(t2i_pipeline):
     assert torch.equal(sample, predictions[-1])
     gradients = torch.autograd.grad(sample.sum(), predictions)
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
-
-
-@pytest.mark.parametrize("bounded", [True, False])
-def test_matched_draws_differ_least(bounded):
-    """Of all orders of the teacher's draws; each of them stays as it is."""
-    generator = torch.Generator().manual_seed(0)
-    prediction = torch.rand(5, 4, 2, 3, generator=generator) * 1.9 - 0.95
-    code = torch.randn(5, 4, 2, 3, generator=generator).sign()
-    nothing = torch.zeros_like(code)
-    matched = match_draws(prediction, nothing, code, bounded)
-    orders = [list(order) for order in itertools.permutations(range(4))]
-    losses = torch.stack([bit_losses(prediction, code[:, order], bounded).sum((1, 2, 3)) for order in orders])
-    torch.testing.assert_close(bit_losses(prediction, matched, bounded).sum((1, 2, 3)), losses.amin(dim=0))
-    assert sorted(matched[0].flatten(1).tolist()) == sorted(code[0].flatten(1).tolist())
-    # Where the student says nothing, bits and start agree as much as they can
-    matched = match_draws(nothing, prediction, code, bounded)
-    agreements = torch.stack([(prediction * code[:, order]).sum((1, 2, 3)) for order in orders])
-    torch.testing.assert_close((prediction * matched).sum((1, 2, 3)), agreements.amax(dim=0))
 
 
 def test_the_loss_is_that_of_all_evaluations():
