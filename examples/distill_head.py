@@ -6,9 +6,9 @@
     python examples/distill_head.py --pretrained_model_name_or_path examples/pretrained/digits-32 \
         --num_evaluations 2 --output_dir runs/digits-32-distilled
 
-The teacher draws pictures of training prompts, or of all classes, by the probability-flow equation and with its
-guidance. Then the decoder rests, and the head alone learns to draw the same patches from the same noise in
-`--num_evaluations`. The pictures are kept in --output_dir, or in --patches_dir for several runs.
+The teacher draws pictures of training prompts, or of all classes, and their patches again and again, with its guidance
+and by the probability-flow equation. Then the decoder rests, and the head alone learns to draw the same patches from
+the same noise in `--num_evaluations`. The patches are kept in --output_dir, or in --patches_dir for several runs.
 
 At the end --output_dir is a pipeline whose configs say how it is sampled, beside `bitdance_head.safetensors`, the head
 alone, which `load_head` of the teacher's pipeline reads. docs/distillation.md says what was measured.
@@ -52,6 +52,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     student.add_argument("--num_evaluations", type=int, default=2, help="of the head, a patch")
     student.add_argument(
         "--shift", type=float, default=19.0, help="of the student's times; 19 lets its last step end at 0.5"
+    )
+    student.add_argument(
+        "--train_decoder", action="store_true", help="too; a batch then is of pictures, and the student of all weights"
     )
     return parse_arguments(parser, arguments, check_args)
 

@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import distill_head
-from bitdance_diffusers import BitDanceClassPipeline
+from bitdance_diffusers import BitDanceClassPipeline, BitDancePipeline
 from bitdance_diffusers.loaders.head import HEAD_WEIGHTS
 from bitdance_diffusers.training.distillation import denoise_from
 from tests.examples.training_runs import (
@@ -16,6 +18,7 @@ from tests.examples.training_runs import (
     run_here,
     to_flags,
 )
+from training.distillation_run import HeadDistillation
 from training.teacher_patches import draw_teacher_patches
 
 
@@ -67,15 +70,17 @@ def train(arguments, tmp_path):
     return train
 
 
-@pytest.mark.parametrize("kind", ["text", "class"])
-def test_killed_and_resumed_equals_unbroken(tmp_path, arguments, train, kind):
-    options = {"kind": kind, "use_ema": True}
+@pytest.mark.parametrize(("kind", "train_decoder"), [("text", False), ("class", True)])
+def test_killed_and_resumed_equals_unbroken(tmp_path, arguments, train, kind, train_decoder):
+    options = {"kind": kind, "use_ema": True, "train_decoder": train_decoder or None}
     unbroken = train("unbroken", **options)
     kill_in_a_checkpoint(distill_head, arguments("killed", **options))
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
     resumed = train("killed", resume_from_checkpoint="latest", **options)
     assert_equal_checkpoints(unbroken / "checkpoint-6", resumed / "checkpoint-6")
-    assert_equal_states(load_file(unbroken / HEAD_WEIGHTS), load_file(resumed / HEAD_WEIGHTS))
+    weights = Path("transformer", "diffusion_pytorch_model.safetensors")
+    assert_equal_states(load_file(unbroken / weights), load_file(resumed / weights))
+    assert (unbroken / HEAD_WEIGHTS).is_file() is not train_decoder
 
 
 def test_the_student_is_a_pipeline_and_a_head(train, model):
@@ -99,11 +104,13 @@ def test_the_student_is_a_pipeline_and_a_head(train, model):
     assert "distilled by `distill_head.py` to 3 evaluations" in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_two_processes_equal_one(tmp_path, arguments, train):
+@pytest.mark.parametrize("train_decoder", [False, True])
+def test_two_processes_equal_one(tmp_path, arguments, train, train_decoder):
     folder = train("first") / "patches"
 
     def run(name, batch_size, num_processes):
         options = {"train_batch_size": batch_size, "max_train_steps": 4, "patches_dir": folder, "learning_rate": 1e-6}
+        options["train_decoder"] = train_decoder or None
         return record(distill_head, arguments(f"out-{name}", **options), num_processes, tmp_path / name)
 
     one, two = run("one", 8, 1), run("two", 4, 2)
@@ -134,6 +141,22 @@ def test_the_student_comes_nearer_to_the_teacher(train, arguments, model):
             sample, _ = denoise_from(pipeline.transformer, patches.condition.float(), noise, student.scheduler)
         agreement.append(float(((sample > 0) == (patches.code.flatten(0, 1) > 0)).float().mean()))
     assert agreement[1] > agreement[0] + 0.02, agreement
+
+
+def test_a_trained_decoder_starts_where_the_patches_were_drawn(arguments, model):
+    """Its conditions are those that were kept beside the patches, until it learns."""
+    args = distill_head.parse_args(arguments("out", num_pictures=4, train_decoder=True))
+    accelerator = distill_head.create_accelerator(args)
+    pipeline = BitDancePipeline.from_pretrained(model("text"))
+    prompts = distill_head.find_prompts(args, pipeline)
+    patches = draw_teacher_patches(args, accelerator, pipeline, prompts)
+    run = HeadDistillation(args, accelerator, pipeline, patches, prompts, None)
+    rows = torch.cat([run.units[2], run.units[0]])
+    with torch.no_grad():
+        condition = run.form_conditions(rows)
+    reset_accelerator()
+    torch.testing.assert_close(condition, patches.condition[rows].float(), rtol=0, atol=5e-3)
+    assert [int(one) for one in patches.place[run.units[2]] // 4] == [2] * len(run.units[2])
 
 
 def test_patches_of_another_teacher_are_refused(train, model):
