@@ -53,9 +53,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     student.add_argument(
         "--shift", type=float, default=19.0, help="of the student's times; 19 lets its last step end at 0.5"
     )
-    student.add_argument(
-        "--train_decoder", action="store_true", help="too; a batch then is of pictures, and the student of all weights"
-    )
     return parse_arguments(parser, arguments, check_args)
 
 

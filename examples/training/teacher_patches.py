@@ -31,20 +31,14 @@ KEPT_CERTAIN = 0.2
 @dataclass
 class TeacherPatches:
     """
-    N patches of the teacher's G pictures, each drawn K times.
+    N patches of the teacher's pictures, each drawn K times.
 
     Args:
-        prompts (list of G): what the pictures were asked for.
-        picture (G, M, P, C): int8, their bits, in generation order.
-        place (N,): which patch of all pictures each is, of picture `place // M` the one `place % M`; ascending.
         condition (N, P, D): float16, of the conditional rows.
         start (N, K, P, C): float32, the noise that each draw started from.
         code (N, K, P, C): int8, the bits.
     """
 
-    prompts: list[str | int]
-    picture: torch.Tensor
-    place: torch.Tensor
     condition: torch.Tensor
     start: torch.Tensor
     code: torch.Tensor
@@ -95,15 +89,7 @@ def draw_teacher_patches(
     accelerator.wait_for_everyone()
 
     parts = [load_file(file) for file in files]
-    for i, part in enumerate(parts):
-        part["place"] += i * part["picture"].shape[:2].numel()
-    asked = [prompt for i in range(len(files)) for prompt in prompts_of_file(args, prompts, i)]
-    return TeacherPatches(asked, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-
-
-def prompts_of_file(args: argparse.Namespace, prompts: TextPrompts | ClassLabels, number: int) -> list[str | int]:
-    """What the pictures of a file are asked for."""
-    return prompts.draw(np.random.default_rng((args.seed, number)), args.teacher_batch_size)
+    return TeacherPatches(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def check_settings(folder: Path, settings: dict[str, Any], accelerator: Accelerator) -> None:
@@ -138,7 +124,7 @@ def draw_file(
     [`TeacherPatches`].
     """
     batch, transformer, scheduler = args.teacher_batch_size, pipeline.transformer, flow_scheduler(pipeline)
-    asked = prompts_of_file(args, prompts, number)
+    asked = prompts.draw(np.random.default_rng((args.seed, number)), batch)
     with ConditionRecorder(transformer, pipeline.config.default_num_inference_steps) as recorder:
         grid = pipeline(
             **prompts.call_arguments(asked),
@@ -149,8 +135,7 @@ def draw_file(
     conditions = recorder.conditions()
     halves = len(conditions) // batch
     conditions = conditions.unflatten(0, (halves, batch)).flatten(1, 2)  # (1 or 2, N, P, D)
-    picture = grid_to_patches(grid, transformer.config.patch_size)  # (B, M, P, C)
-    code = picture.flatten(0, 1)
+    code = grid_to_patches(grid, transformer.config.patch_size).flatten(0, 1)  # (N, P, C)
     generator = random_generator(args.seed, number, batch)
 
     def draw_noise(num_steps: int, num_patches: int) -> torch.Tensor:
@@ -177,8 +162,6 @@ def draw_file(
             drawn, _ = denoise_from(transformer, rows, noise, scheduler, guidance_scale if halves == 2 else None)
         codes[some] = torch.where(drawn > 0, 1.0, -1.0).unflatten(0, (len(some), args.num_draws))
     return {
-        "picture": picture.to("cpu", torch.int8),
-        "place": kept,
         "condition": conditions[0, kept].to("cpu", torch.float16).contiguous(),
         "start": starts.cpu(),
         "code": codes.to("cpu", torch.int8),
