@@ -37,7 +37,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_dtype", choices=list(DTYPES), default="float32", help="of the saved transformer")
     parser.add_argument("--initial_head", help="what `save_head` wrote, to start from; the teacher's own by default")
     parser.add_argument("--num_validation_prompts", type=int, default=8, help="drawn from those that are trained on")
-    parser.set_defaults(optimizer="muon", learning_rate=2e-3, train_batch_size=256, max_train_steps=4000)
+    parser.set_defaults(optimizer="muon", learning_rate=2e-3, train_batch_size=64, max_train_steps=4000)
     add_prompt_arguments(parser)
 
     teacher = parser.add_argument_group("teacher")
@@ -75,6 +75,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--teacher_guidance_scale has to be at least 0 and finite but is {args.teacher_guidance_scale}."
         )
+    if not 0 < args.shift < math.inf:
+        raise ValueError(f"--shift has to be greater than 0 and finite but is {args.shift}.")
     check_run_arguments(args)
 
 

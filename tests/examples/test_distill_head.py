@@ -155,6 +155,7 @@ def test_patches_of_another_teacher_are_refused(train, model):
         ({"num_pictures": 6}, "--num_pictures 6 has to be a multiple of --teacher_batch_size 4"),
         ({"teacher_guidance_scale": -1}, "--teacher_guidance_scale has to be at least 0"),
         ({"num_draws": 0}, "--num_draws has to be at least 1"),
+        ({"shift": 0}, "--shift has to be greater than 0"),
     ],
 )
 def test_bad_arguments(arguments, capsys, options, message):
