@@ -1,12 +1,24 @@
-"""The categories of prompts, and how often each is drawn."""
+"""A prompt, the categories of prompts, and how often each is drawn."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 MIXED = "mixed"
 TRAINING_CATEGORIES = (*CATEGORIES, MIXED)
+
+
+@dataclass(frozen=True)
+class IconPrompt:
+    """A prompt, taken apart: `icons` are (shape, color or None) in the prompt's order. Those of one shape share their
+    color."""
+
+    text: str
+    category: str
+    icons: tuple[tuple[str, str | None], ...]
+    relation: str | None = None
 
 
 def category_probabilities(category_weights: Mapping[str, float] | None) -> np.ndarray:

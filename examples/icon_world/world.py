@@ -22,43 +22,25 @@ CC BY 4.0), read from the package `fontawesomefree`.
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from icon_world.artwork import draw_glyph, find_font, scale_mask
-from icon_world.categories import CATEGORIES, MIXED, TRAINING_CATEGORIES, category_probabilities
+from icon_world.categories import CATEGORIES, MIXED, TRAINING_CATEGORIES, IconPrompt, category_probabilities
+from icon_world.checking import Verdict, find_difference, relation_holds
 from icon_world.recognition import FoundIcon, IconFinder
 
 NUM_FOLDS = 5  # every prompt is in one of so many folds
 HELD_OUT_FOLD, VALIDATION_FOLD = 0, 1
 MIXED_COUNTS = ((1, 1, 1), (1, 2), (1, 1, 1, 1), (1, 1, 2), (2, 2), (1, 3))  # icons of each shape
 MIXED_COLOR_SHARE = 0.75  # of the shapes in a mixed prompt have their color named
-
-# Drawing. The centres of a "position" picture, in pixels along the named axis and across it.
-MIN_CENTER_DISTANCE_ALONG = 16
-MAX_CENTER_DISTANCE_ACROSS = 14  # exclusive
-
-# Checking. Colors are compared by Euclidean distance in RGB, on values of 0 to 255.
-MIN_IOU = 0.65
-MAX_COLOR_DISTANCE = 60
-CENTER_TOLERANCE_PX = 1  # a found box may be half a pixel off on either side of either icon
-
-
-@dataclass(frozen=True)
-class IconPrompt:
-    """A prompt, taken apart: `icons` are (shape, color or None) in the prompt's order. Those of one shape share their
-    color."""
-
-    text: str
-    category: str
-    icons: tuple[tuple[str, str | None], ...]
-    relation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,15 +50,6 @@ class DrawnIcon:
     shape: str
     color: str
     box: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the picture shows the prompt, why not (empty if it does), and the icons that were found."""
-
-    right: bool
-    reason: str
-    icons: tuple[FoundIcon, ...]
 
 
 class IconWorld:
@@ -144,23 +117,35 @@ class IconWorld:
         """Take a prompt apart.
 
         Raises:
-            ValueError: if the prompt is not one of the world's.
+            ValueError: if the prompt is not one of the world's, nor a mixed one.
         """
-        if prompt not in self._prompts_by_text:
+        if prompt in self._prompts_by_text:
+            return self._prompts_by_text[prompt]
+        groups = [self._groups_by_phrase.get(phrase) for phrase in prompt.split(" and ")]
+        if (
+            None in groups
+            or tuple(sorted(count for *_, count in groups)) not in MIXED_COUNTS
+            or len({shape for shape, *_ in groups}) < len(groups)
+        ):
             raise ValueError(
                 f"`prompt` has to be one of the icon world, such as 'a red star and a blue car', but is {prompt!r}."
             )
-        return self._prompts_by_text[prompt]
+        return IconPrompt(prompt, MIXED, tuple((shape, color) for shape, color, count in groups for _ in range(count)))
 
     def is_held_out(self, prompt: str) -> bool:
-        """Whether the prompt is never trained on. Prompts with the same words are held out together.
+        """Whether the prompt is never trained on. Prompts with the same words are held out together; a mixed one is
+        held out where a part of it is: see `mix`.
 
         Raises:
-            ValueError: if the prompt is not one of the world's.
+            ValueError: if the prompt is not one of the world's, nor a mixed one.
         """
-        if self.parse(prompt).category == "single_object":
-            return False
-        return fold(prompt) == HELD_OUT_FOLD
+        parsed = self.parse(prompt)
+        if parsed.category == MIXED:
+            counts = Counter(parsed.icons)
+            looks = {look: self._looks.index(look) for look in counts}
+            may_be_mixed = all(self._may_be_mixed[counts[look], look[1] is not None][i] for look, i in looks.items())
+            return not may_be_mixed or not all(self._may_be_beside[pair] for pair in combinations(looks.values(), 2))
+        return parsed.category != "single_object" and fold(prompt) == HELD_OUT_FOLD
 
     def sample_prompt(
         self, rng: np.random.Generator, category_weights: Mapping[str, float] | None = None
@@ -240,6 +225,11 @@ class IconWorld:
 
     def _any_held_out(self, *texts: str) -> bool:
         return any(text in self._prompts_by_text and self.is_held_out(text) for text in texts)
+
+    @cached_property
+    def _groups_by_phrase(self) -> dict[str, tuple[str, str | None, int]]:
+        """(shape, color or None, number) of everything that a mixed prompt may join by "and"."""
+        return {self._phrase(*look, number): (*look, number) for look in self._looks for number in (1, *self.counts)}
 
     @cached_property
     def _prompts_by_text(self) -> dict[str, IconPrompt]:
@@ -403,48 +393,3 @@ class IconWorld:
 def fold(prompt: str) -> int:
     """Which of `NUM_FOLDS` parts of all prompts this one is in. Prompts with the same words are in the same."""
     return zlib.crc32(" ".join(sorted(prompt.split())).encode()) % NUM_FOLDS
-
-
-def find_difference(prompt: IconPrompt, icons: tuple[FoundIcon, ...]) -> str:
-    """In what the icons differ from the prompt, in words; empty if in nothing."""
-    if len(icons) != len(prompt.icons):
-        return f"{len(icons)} icons in place of {len(prompt.icons)}"
-    for icon in icons:
-        if icon.iou < MIN_IOU:
-            return f"an icon like none of the shapes (nearest: {icon.shape}, IoU {icon.iou:.2f})"
-        if icon.color_distance > MAX_COLOR_DISTANCE:
-            return f"a {icon.shape} in none of the colors (nearest: {icon.color}, at {icon.color_distance:.0f})"
-    found_shapes = sorted(icon.shape for icon in icons)
-    if found_shapes != sorted(shape for shape, _ in prompt.icons):
-        return f"the shapes are {', '.join(found_shapes)}"
-    if prompt.category == "counting":
-        found_colors = {icon.color for icon in icons}
-        return f"the colors differ: {', '.join(sorted(found_colors))}" if len(found_colors) > 1 else ""
-    found = {icon.shape: icon for icon in icons}  # the shapes of any other prompt differ from each other
-    for shape, color in prompt.icons:
-        if color is not None and found[shape].color != color:
-            return f"the {shape} is {found[shape].color}"
-    if prompt.relation is not None:
-        first, second = (found[shape].center for shape, _ in prompt.icons)
-        offset = second[0] - first[0], second[1] - first[1]
-        if not relation_holds(prompt.relation, *offset, tolerance=CENTER_TOLERANCE_PX):
-            return f"not {prompt.relation}: the second is {offset[0]:+.1f} px right, {offset[1]:+.1f} px down"
-    return ""
-
-
-def relation_holds(relation: str, offset_x: float, offset_y: float, tolerance: float = 0.0) -> bool:
-    """Whether A stands in the relation to B, given where B's centre is, in pixels right of and below A's.
-
-    At most one relation holds for any offset, whatever the tolerance.
-    """
-    along, across = {
-        "left of": (offset_x, offset_y),
-        "right of": (-offset_x, offset_y),
-        "above": (offset_y, offset_x),
-        "below": (-offset_y, offset_x),
-    }[relation]
-    return (
-        along >= MIN_CENTER_DISTANCE_ALONG - tolerance
-        and abs(across) < MAX_CENTER_DISTANCE_ACROSS + tolerance
-        and along > abs(across)
-    )

@@ -4,7 +4,8 @@ from functools import cache
 
 from PIL import Image
 
-from icon_world.world import MAX_COLOR_DISTANCE, MIN_IOU, IconWorld
+from icon_world.checking import MAX_COLOR_DISTANCE, MIN_IOU
+from icon_world.world import IconWorld
 
 _world = cache(IconWorld)
 

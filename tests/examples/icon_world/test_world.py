@@ -10,8 +10,9 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 
 from icon_world.artwork import find_font
+from icon_world.checking import find_difference, relation_holds
 from icon_world.dataset import IconDataset
-from icon_world.world import CATEGORIES, DrawnIcon, IconWorld, find_difference, relation_holds
+from icon_world.world import CATEGORIES, DrawnIcon, IconWorld
 from icons import main
 
 
@@ -132,9 +133,9 @@ def test_mixed_prompts_are_drawn_on_request_and_show_nothing_that_another_prompt
     for _ in range(600):
         prompt = world.sample_prompt(rng, weights)
         assert prompt.category == "mixed"
-        with pytest.raises(ValueError, match="one of the icon world"):
-            world.parse(prompt.text)
-        icons = world.draw_scene(prompt, rng)[1]
+        assert world.parse(prompt.text) == prompt and not world.is_held_out(prompt.text)
+        image, icons = world.draw_scene(prompt, rng)
+        assert world.check(image, prompt.text)
         shapes = Counter(icon.shape for icon in icons)
         assert 3 <= len(icons) <= 4 and len(shapes) >= 2
         assert len({(icon.shape, icon.color) for icon in icons}) == len(shapes)  # one color a shape
@@ -192,6 +193,47 @@ def test_no_part_of_a_training_prompt_of_several_phrases_is_held_out(world):
     for category in ("colors", "two_object"):
         assert {prompt.text for prompt in world.training_prompts[category]} <= mixed_parts
     assert {p.text for p in world.training_prompts["counting"] if len(p.icons) < 4} <= mixed_parts
+
+
+def test_a_mixed_prompt_is_held_out_where_a_part_of_it_is(world):
+    singles = product(world.shapes, (None, *world.colors))
+    phrases = [
+        f"{'an' if color == 'orange' else 'a'} {color or ''} {shape}".replace("  ", " ") for shape, color in singles
+    ]
+    held_out = {p.text for c in CATEGORIES[1:] for p in world.held_out_prompts[c]}
+    found = Counter()
+    for count, phrase in product(world.prompts["counting"], phrases):
+        if count.icons[0][0] not in phrase and len(count.icons) < 4:
+            text = f"{phrase} and {count.text}"
+            expected = bool(parts(world, text) & held_out)
+            assert world.is_held_out(text) == expected, text
+            found[expected] += 1
+    assert min(found.values()) > 300
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("two red stars and a car", True),
+        ("a car and two red stars", True),
+        ("two stars and a car", True),
+        ("two blue stars and a car", False),
+        ("a red star and two cars", False),
+        ("a red star and a car and a key", False),
+    ],
+)
+def test_mixed_prompts_are_checked(world, text, right):
+    image = world.draw("two red stars and a car", np.random.default_rng(0))
+    assert world.check(image, text) == right
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["two stars and a star and a car", "four stars and a car", "a red star and a car and", "two star and a car"],
+)
+def test_what_is_no_mixed_prompt_is_refused(world, text):
+    with pytest.raises(ValueError, match="one of the icon world"):
+        world.parse(text)
 
 
 @pytest.mark.parametrize(
