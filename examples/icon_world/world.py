@@ -11,7 +11,7 @@ without a judge. The six categories are those of GenEval (Ghosh et al., 2023, ar
     color_attr      a red star and a blue car
 
 What a prompt does not name is drawn at random. A fifth of the prompts of every category but the first is held out of
-training (`is_held_out`). Training may draw prompts of one more kind, which nothing is scored on and no part of which
+training (`is_held_out`). Training may draw prompts of one more kind, which are not scored and no part of which
 is held out (`IconWorld.mix`):
 
     mixed           two red stars and a car and a blue key
