@@ -36,7 +36,6 @@ def find_difference(prompt: IconPrompt, icons: tuple[FoundIcon, ...]) -> str:
     found_shapes = sorted(icon.shape for icon in icons)
     if found_shapes != sorted(shape for shape, _ in prompt.icons):
         return f"the shapes are {', '.join(found_shapes)}"
-    found = {icon.shape: icon for icon in icons}
     for shape, color in dict.fromkeys(prompt.icons):
         colors = sorted({icon.color for icon in icons if icon.shape == shape})
         if len(colors) > 1:
@@ -44,7 +43,8 @@ def find_difference(prompt: IconPrompt, icons: tuple[FoundIcon, ...]) -> str:
         if color is not None and colors != [color]:
             return f"the {shape} is {colors[0]}"
     if prompt.relation is not None:
-        first, second = (found[shape].center for shape, _ in prompt.icons)
+        centers = {icon.shape: icon.center for icon in icons}
+        first, second = (centers[shape] for shape, _ in prompt.icons)
         offset = second[0] - first[0], second[1] - first[1]
         if not relation_holds(prompt.relation, *offset, tolerance=CENTER_TOLERANCE_PX):
             return f"not {prompt.relation}: the second is {offset[0]:+.1f} px right, {offset[1]:+.1f} px down"

@@ -188,9 +188,8 @@ class IconWorld:
                 left &= self._may_be_beside[looks[-1]]
             else:
                 break
-        groups = [(*self._looks[look], count) for look, count in zip(looks, counts, strict=True)]
-        icons = tuple((shape, color) for shape, color, count in groups for _ in range(count))
-        return IconPrompt(" and ".join(self._phrase(*group) for group in groups), MIXED, icons)
+        phrases = [self._phrase(*self._looks[look], count) for look, count in zip(looks, counts, strict=True)]
+        return self.parse(" and ".join(phrases))
 
     @cached_property
     def _looks(self) -> list[tuple[str, str | None]]:
