@@ -12,6 +12,8 @@ released models were fine-tuned with.
 """
 
 import argparse
+import copy
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from icon_world.categories import parse_icon_weights
 from training.arguments import add_icons_argument, parse_arguments
 from training.checkpoints import find_checkpoint
 from training.dreambooth import add_dreambooth_arguments, check_dreambooth_arguments, load_class_pictures
-from training.lora import without_adapter
+from training.lora import is_adapted, without_adapter
 from training.picture_run import TransformerTraining
 from training.transformer_run import (
     add_from_scratch_arguments,
@@ -85,6 +87,10 @@ def add_text_to_image_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--proportion_empty_prompts", type=float, default=0.1, help="share of prompts dropped")
     text.add_argument("--text_loss_weight", type=float, help="0.01 by default, 0 for a transformer without `lm_head`")
     text.add_argument("--validation_prompts", "--validation_prompt", nargs="+", default=[])
+    text.add_argument(
+        "--distill_guidance_scale", type=float, metavar="SCALE",
+        help="learn what the weights that training starts from predict with so much guidance, in place of bits",
+    )  # fmt: skip
 
 
 def check_text_to_image_arguments(args: argparse.Namespace) -> None:
@@ -98,6 +104,17 @@ def check_text_to_image_arguments(args: argparse.Namespace) -> None:
     if args.icon_weights and args.icons is None:
         raise ValueError("--icon_weights weighs the pictures of --icons, which is not given.")
     check_probability(args, "smaller_icons")
+    if args.distill_guidance_scale is not None:
+        if not 1 < args.distill_guidance_scale < math.inf:
+            raise ValueError(
+                f"--distill_guidance_scale has to be greater than 1 and finite but is {args.distill_guidance_scale}."
+            )
+        if args.pretrained_model_name_or_path is None:
+            raise ValueError("--distill_guidance_scale needs a model that is guided: --pretrained_model_name_or_path.")
+        if args.with_prior_preservation:
+            raise ValueError("--distill_guidance_scale and --with_prior_preservation exclude each other.")
+        if args.guidance_scale is None:
+            args.guidance_scale = 1.0  # what is learnt needs no more
     args.icon_weights = parse_icon_weights(args.icon_weights)
 
 
@@ -221,6 +238,9 @@ def train(
         text_loss_weight = 0.01 if transformer.config.use_lm_head else 0.0
     if transformer.config.use_lm_head and text_loss_weight == 0:
         transformer.lm_head.requires_grad_(False)
+    base = None  # the weights that training starts from; with an adapter they are there without it
+    if args.distill_guidance_scale is not None and not is_adapted(transformer):
+        base = copy.deepcopy(transformer).eval().requires_grad_(False).to(accelerator.device)
     validation = {
         "prompt": args.validation_prompts,
         "height": args.resolution,
@@ -240,21 +260,40 @@ def train(
         frames,
         class_pictures,
     )
-    row_weights = class_rows = None
+    row_weights = reference_rows = None
     if class_pictures is not None:  # each stands after a picture: the sum of both means is the mean of twice each
         pair = torch.tensor([2.0, 2.0 * args.prior_loss_weight], device=accelerator.device)
         row_weights = pair.repeat(args.train_batch_size)
-        class_rows = torch.tensor([False, True], device=accelerator.device).repeat(args.train_batch_size)
+        reference_rows = torch.tensor([False, True], device=accelerator.device).repeat(args.train_batch_size)
 
     def predict_by_base(**inputs: torch.Tensor) -> torch.Tensor:
+        if base is not None:
+            with accelerator.autocast():
+                return base(**inputs).sample
         with without_adapter(transformer):
             return run.transformer(**inputs).sample
 
+    def predict_guided(**inputs: torch.Tensor) -> torch.Tensor:
+        conditional = predict_by_base(**inputs)
+        for name in ("input_ids", "attention_mask"):
+            inputs[name] = unconditional[name].expand_as(inputs[name])
+        prediction = predict_by_base(**inputs).float()
+        prediction = prediction + args.distill_guidance_scale * (conditional - prediction)
+        return prediction.clamp(-1, 1) if transformer.head.bounded else prediction
+
+    reference = predict_by_base if args.prior_targets == "predictions" else None
+    if args.distill_guidance_scale is not None:
+        reference, reference_rows = (
+            predict_guided,
+            torch.ones(args.train_batch_size, dtype=torch.bool, device=accelerator.device),
+        )
+
     # 3. Train
     for batch, code, draws in run.batches():
+        unconditional = {"input_ids": batch["unconditional_ids"], "attention_mask": batch["unconditional_mask"]}
         dropped = choose_dropped(len(code), args.proportion_empty_prompts, draws)[:, None]
-        input_ids = torch.where(dropped, batch["unconditional_ids"], batch["input_ids"])
-        attention_mask = torch.where(dropped, batch["unconditional_mask"], batch["attention_mask"])
+        input_ids = torch.where(dropped, unconditional["input_ids"], batch["input_ids"])
+        attention_mask = torch.where(dropped, unconditional["attention_mask"], batch["attention_mask"])
         losses = text_to_image_loss(
             run.transformer,
             pipeline.scheduler,
@@ -267,8 +306,8 @@ def train(
             args.diff_batch_mul,
             text_loss_weight,
             row_weights,
-            predict_by_base if args.prior_targets == "predictions" else None,
-            class_rows,
+            reference,
+            reference_rows,
         )
         parts = {"vision_loss": losses.vision_loss, "text_loss": losses.text_loss}
         run.optimize(losses.loss, parts if losses.text_loss is not None else {})

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def weights(folder):
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_ema": True, "random_flip": True, "diff_batch_mul": 2},
+        {"use_ema": True, "random_flip": True, "diff_batch_mul": 2, "distill_guidance_scale": 3},
         {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "lr_scheduler": "cosine"},
         {"optimizer": "muon", "cache_codes": True, "center_crop": True, "lr_decay_steps": 3},
     ],
@@ -227,6 +228,53 @@ def test_gradient_checkpointing_changes_nothing(train):
         torch.testing.assert_close(checkpointed[name], value, msg=name)
 
 
+def test_guided_predictions_of_the_weights_at_the_start_are_learnt(
+    train, monkeypatch, workplace, arguments, t2i_pipeline
+):
+    seen = []
+
+    def record_targets(transformer, *args):
+        *args, reference, rows = args
+        assert rows.all()
+
+        def recorded(**inputs):
+            seen.append((inputs, reference(**inputs)))
+            return seen[-1][1]
+
+        return text_to_image_loss(transformer, *args, recorded, rows)
+
+    monkeypatch.setattr(train_t2i, "text_to_image_loss", record_targets)
+    options = {"distill_guidance_scale": 4, "text_loss_weight": 0}
+    folder = train("out", max_train_steps=3, proportion_empty_prompts=0, **options)
+    assert BitDancePipeline.from_pretrained(folder).config.default_guidance_scale == 1
+
+    pipeline = t2i_pipeline()
+    unconditional = train_t2i.PromptFrames(
+        pipeline.tokenizer, picture_start_ids(pipeline.tokenizer, 4, 4, 2)
+    ).unconditional
+    for inputs, targets in seen:
+        predict = partial(
+            pipeline.transformer, **{k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+        )
+        batch, length = inputs["input_ids"].shape
+        row = torch.tensor([0] * (length - len(unconditional)) + unconditional).expand(batch, -1)
+        mask = torch.arange(length).expand(batch, -1) >= length - len(unconditional)
+        with torch.no_grad():
+            with_prompt = predict(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).sample
+            without = predict(input_ids=row, attention_mask=mask).sample
+        assert (with_prompt - without).abs().max() > 0.1
+        torch.testing.assert_close(targets, (4 * with_prompt - 3 * without).clamp(-1, 1), atol=1e-3, rtol=0)
+
+    # Without a prompt guidance changes nothing: such rows are to stay as they are
+    recorded = record(
+        train_t2i,
+        arguments("empty", max_train_steps=1, proportion_empty_prompts=1, **options),
+        1,
+        workplace / "rec.pt",
+    )
+    assert recorded["losses"] == [0]
+
+
 def test_a_loss_that_is_not_finite_reaches_no_checkpoint(train, workplace):
     with pytest.raises(FloatingPointError):
         train("out", learning_rate=1e30, checkpointing_steps=1, max_train_steps=20, max_skipped_steps=5)
@@ -314,6 +362,16 @@ def test_four_pictures_are_reproduced(fresh_pipeline):
     [
         ({"pretrained_model_name_or_path": None}, "missing is --transformer_config, --vae_path, --tokenizer_path"),
         ({"vae_path": "vae"}, "excludes --vae_path"),
+        (
+            {
+                "pretrained_model_name_or_path": None,
+                "transformer_config": "c",
+                "vae_path": "v",
+                "tokenizer_path": "t",
+                "distill_guidance_scale": 3,
+            },
+            "--distill_guidance_scale needs a model that is guided",
+        ),
         ({"icons": 4}, "--train_data_dir, --icons"),
         ({"icon_weights": "counting=2"}, "--icons, which is not given"),
         ({"train_data_dir": None, "icons": 4, "icon_weights": "counting"}, "CATEGORY=WEIGHT"),
@@ -324,6 +382,11 @@ def test_four_pictures_are_reproduced(fresh_pipeline):
         ({"bit_flip_probability": -1}, "--bit_flip_probability"),
         ({"diff_batch_mul": 0}, "--diff_batch_mul has to be at least 1 but is 0"),
         ({"text_loss_weight": -1}, "--text_loss_weight"),
+        ({"distill_guidance_scale": 1}, "--distill_guidance_scale has to be greater than 1 and finite but is 1.0"),
+        (
+            {"with_prior_preservation": True, "class_prompt": "two", "distill_guidance_scale": 3},
+            "--distill_guidance_scale and --with_prior_preservation exclude each other",
+        ),
     ],
 )
 def test_bad_arguments(arguments, capsys, options, message):

@@ -196,6 +196,18 @@ def test_a_subject_beside_its_class(train, workplace):
         train("more", **{**options, "num_class_images": 6})
 
 
+def test_guidance_of_the_base_is_distilled(workplace, arguments):
+    """The base predicts it without the adapter, which is nothing at the start: rows without a prompt have no loss."""
+    options = {"distill_guidance_scale": 4, "train_batch_size": 10, "max_train_steps": 20}
+
+    def losses(output, **more):
+        return record(train_t2i_lora, arguments(output, **options, **more), 1, workplace / "recorded.pt")["losses"]
+
+    learnt = losses("out", proportion_empty_prompts=0)
+    assert np.mean(learnt[-4:]) < 0.8 * np.mean(learnt[:2])
+    assert losses("empty", proportion_empty_prompts=1)[0] == 0
+
+
 def test_epochs_and_repeats(train):
     """10 pictures shown 3 times in an epoch, in batches of 3: 10 steps an epoch."""
     folder = train(
