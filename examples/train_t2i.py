@@ -281,12 +281,11 @@ def train(
         prediction = prediction + args.distill_guidance_scale * (conditional - prediction)
         return prediction.clamp(-1, 1) if transformer.head.bounded else prediction
 
-    reference = predict_by_base if args.prior_targets == "predictions" else None
+    reference = None
     if args.distill_guidance_scale is not None:
-        reference, reference_rows = (
-            predict_guided,
-            torch.ones(args.train_batch_size, dtype=torch.bool, device=accelerator.device),
-        )
+        reference = predict_guided
+    elif args.prior_targets == "predictions":
+        reference = predict_by_base
 
     # 3. Train
     for batch, code, draws in run.batches():

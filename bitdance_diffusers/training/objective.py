@@ -184,8 +184,9 @@ def text_to_image_loss(
             0.01.
         row_weights (B,), *optional*: of each picture in the mean of the head's loss.
         reference, *optional*: the predictions of another transformer, given the same arguments. They are the targets
-            of `reference_rows` (B,), bool, in the place of these pictures' codes: what it knows is kept, without the
-            chance in a few pictures (learning without forgetting, arXiv 1606.09282).
+            in the place of the pictures' codes: what it knows is kept, without the chance in a few pictures (learning
+            without forgetting, arXiv 1606.09282), or what it does with guidance is learnt (arXiv 2210.03142).
+        reference_rows (B,), bool, *optional*: the pictures that this is for; all where it is None.
     """
     batch = draw_teacher_forcing(scheduler, code, patch_size, draws, bit_flip_probability, diff_batch_mul)
     noisy, target = batch.noisy, batch.noisy.target
@@ -193,11 +194,13 @@ def text_to_image_loss(
     of_pictures = {"input_ids": input_ids, "attention_mask": attention_mask, "code": batch.fed_back}
     positions = {"code_positions": batch.positions[:-1], "condition_positions": batch.positions}
     if reference is not None:
-        rows = reference_rows.repeat(diff_batch_mul)
+        rows = pictures = slice(None)
+        if reference_rows is not None:
+            rows, pictures = reference_rows.repeat(diff_batch_mul), reference_rows
         with torch.no_grad():
             target[rows] = reference(
                 **{name: tensor[rows] for name, tensor in of_noisy.items()},
-                **{name: tensor[reference_rows] for name, tensor in of_pictures.items()},
+                **{name: tensor[pictures] for name, tensor in of_pictures.items()},
                 **positions,
             ).to(target.dtype)
     output = transformer(**of_noisy, **of_pictures, **positions)
