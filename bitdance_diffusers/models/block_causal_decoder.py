@@ -279,8 +279,8 @@ class BlockCausalAttnProcessor:
             query = attn.norm_q(query)
             key = attn.norm_k(key)
         # Under autocast norms and rotary embedding are float32 and the projections are not: attention is theirs.
-        query = apply_rotary(query, rotary).to(value.dtype)
-        key = apply_rotary(key, rotary).to(value.dtype)
+        turned = apply_rotary(torch.cat([query, key], dim=2), rotary).to(value.dtype)
+        query, key = turned.split([attn.heads, attn.kv_heads], dim=2)
 
         if kv_cache is None:
             hidden_states = self.attend(query, key, value, attention_mask=attention_mask)
@@ -355,7 +355,7 @@ class BlockCausalAttnProcessor:
             output = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
             outputs.append(output)
             first_row += keys.shape[0]
-        return torch.cat(outputs)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 class BlockCausalAttention(nn.Module, AttentionModuleMixin):

@@ -46,7 +46,9 @@ class TeacherPatches:
 
 def flow_scheduler(pipeline: Pipeline) -> BinaryDiffusionScheduler:
     """What makes of a patch a function of the noise that it starts from."""
-    return BinaryDiffusionScheduler.from_config(pipeline.scheduler.config, solver_type="probability_flow_2m")
+    return BinaryDiffusionScheduler.from_config(
+        pipeline.scheduler.config, solver_type="probability_flow_2m", timestep_spacing="quadratic"
+    )
 
 
 def draw_teacher_patches(
@@ -66,6 +68,7 @@ def draw_teacher_patches(
     settings = {
         "teacher": fingerprint(pipeline.transformer),
         "scheduler": {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")},
+        "flow": {k: v for k, v in flow_scheduler(pipeline).config.items() if not k.startswith("_")},
         "guidance_scale": guidance_scale,
         "picture_steps": pipeline.config.default_num_inference_steps,
         "prompts": prompts.call_arguments(prompts.draw(np.random.default_rng(0), 8)),
