@@ -40,6 +40,7 @@ def to_flags(options):
 
 def run_here(script, arguments):
     """Run a training script in this process, as if it were new."""
+    reset_accelerator()  # which another test may have left on its own device
     torch.rand(3)  # a run does not depend on the global random state that it finds
     script.main(script.parse_args(arguments))
     reset_accelerator()
