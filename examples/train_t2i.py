@@ -12,7 +12,6 @@ released models were fine-tuned with.
 """
 
 import argparse
-import copy
 import math
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from icon_world.categories import parse_icon_weights
 from training.arguments import add_icons_argument, parse_arguments
 from training.checkpoints import find_checkpoint
 from training.dreambooth import add_dreambooth_arguments, check_dreambooth_arguments, load_class_pictures
-from training.lora import is_adapted, without_adapter
+from training.lora import copy_start, without_adapter
 from training.picture_run import TransformerTraining
 from training.transformer_run import (
     add_from_scratch_arguments,
@@ -238,9 +237,7 @@ def train(
         text_loss_weight = 0.01 if transformer.config.use_lm_head else 0.0
     if transformer.config.use_lm_head and text_loss_weight == 0:
         transformer.lm_head.requires_grad_(False)
-    base = None  # the weights that training starts from; with an adapter they are there without it
-    if args.distill_guidance_scale is not None and not is_adapted(transformer):
-        base = copy.deepcopy(transformer).eval().requires_grad_(False).to(accelerator.device)
+    base = None if args.distill_guidance_scale is None else copy_start(transformer, accelerator.device)
     validation = {
         "prompt": args.validation_prompts,
         "height": args.resolution,

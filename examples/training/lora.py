@@ -6,6 +6,7 @@ from the output folder as from a checkpoint.
 """
 
 import argparse
+import copy
 import json
 import re
 import shutil
@@ -73,6 +74,16 @@ def check_lora_arguments(args: argparse.Namespace) -> None:
 def is_adapted(transformer: nn.Module) -> bool:
     """Whether the transformer has an adapter, which is then what is trained and saved."""
     return transformer._hf_peft_config_loaded
+
+
+def copy_start(transformer: nn.Module, device: torch.device) -> nn.Module | None:
+    """
+    A frozen copy of the weights that training starts from; None with an adapter, since they stay beside it
+    (`without_adapter`).
+    """
+    if is_adapted(transformer):
+        return None
+    return copy.deepcopy(transformer).eval().requires_grad_(False).to(device)
 
 
 # The base

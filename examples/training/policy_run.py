@@ -1,7 +1,6 @@
 """A run of reinforcement learning: draw pictures, rate them, and make those that are rated better more likely."""
 
 import argparse
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from bitdance_diffusers.training.policy import (
 from bitdance_diffusers.training.rollouts import GaussianSteps, RolloutScheduler, TransitionRecorder
 from rewards.loading import Reward, rate
 from scores.diversity import pairwise_code_distance
-from training.lora import is_adapted, without_adapter
+from training.lora import copy_start, without_adapter
 from training.randomness import random_generator
 from training.transformer_run import Pipeline, Transformer, TransformerRun
 
@@ -180,9 +179,7 @@ class PolicyTraining(TransformerRun):
         self.asked = prompts.draw(np.random.default_rng((args.seed, 0, 0)), args.num_validation_prompts)
         asked = [prompt for prompt in self.asked for _ in range(args.num_validation_images)]
         validation: Mapping[str, Any] = prompts.call_arguments(asked)
-        self.reference = None
-        if not is_adapted(pipeline.transformer):
-            self.reference = copy.deepcopy(pipeline.transformer).eval().requires_grad_(False).to(accelerator.device)
+        self.reference = copy_start(pipeline.transformer, accelerator.device)
         pictures = args.num_prompts * accelerator.num_processes * args.num_images_per_prompt
         super().__init__(
             "train_grpo",
