@@ -27,7 +27,7 @@ from train_grpo import add_prompt_arguments, check_prompt_arguments, find_prompt
 from training.arguments import check_at_least, check_run_arguments, parse_arguments
 from training.checkpoints import find_checkpoint
 from training.distillation_run import HeadDistillation
-from training.teacher_patches import draw_teacher_patches
+from training.teacher_patches import PatchTeacher, draw_teacher_patches
 from training.transformer_run import add_model_arguments, create_accelerator, load_pretrained
 
 
@@ -47,6 +47,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     teacher.add_argument("--teacher_steps", type=int, default=19, help="diffusion steps a patch of what is learnt")
     teacher.add_argument("--teacher_guidance_scale", type=float, help="the pipeline's default; 1 is without")
     teacher.add_argument("--num_draws", type=int, default=4, help="of each patch that is not certain from the start")
+    teacher.add_argument(
+        "--redraw", action="store_true", help="draw anew in every step: none is seen twice, and what is kept is small"
+    )
 
     student = parser.add_argument_group("student")
     student.add_argument("--num_evaluations", type=int, default=2, help="of the head, a patch")
@@ -90,7 +93,9 @@ def main(args: argparse.Namespace) -> None:
     prompts = find_prompts(args, pipeline)
 
     # 2. The teacher draws
-    patches = draw_teacher_patches(args, accelerator, pipeline, prompts)
+    pipeline.to(accelerator.device)
+    teacher = PatchTeacher(args, accelerator, pipeline)
+    patches = draw_teacher_patches(args, accelerator, pipeline, prompts, teacher)
 
     # 3. The student learns, whose configs say how it is sampled
     if args.initial_head is not None:
@@ -99,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
         pipeline.scheduler.config, solver_type="probability_flow_2m", shift=args.shift
     )
     pipeline.register_to_config(default_num_inference_steps=args.num_evaluations - 1, default_guidance_scale=1.0)
-    run = HeadDistillation(args, accelerator, pipeline, patches, prompts, checkpoint)
+    run = HeadDistillation(args, accelerator, pipeline, patches, teacher, prompts, checkpoint)
     run.train()
     run.finish(prompts.tags, [str(prompt) for prompt in run.asked], repr(run.asked[0]))
 

@@ -66,19 +66,19 @@ class ConditionRecorder:
 def denoise_from(
     transformer: nn.Module,
     condition: torch.Tensor,
-    noise: torch.Tensor,
+    start: torch.Tensor,
     scheduler: BinaryDiffusionScheduler,
     guidance_scale: float | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
-    Denoise patches as pictures are drawn, each once or several times, with gradients where they are enabled.
+    Denoise patches as pictures are drawn, each once or several times, with gradients where they are enabled. Steps
+    add no noise.
 
     Args:
         transformer: a [`BitDanceTransformer`] or [`BitDanceClassTransformer`], wrapped (DDP, compile) or not.
         condition (R, P, D): of the patches.
-        noise (n + 1, B * K, P, C): the start and the noise of every step, float32, K draws of each patch side by side.
-            It is overwritten.
-        scheduler: prepared for n steps.
+        start (B * K, P, C): the noise that each draw starts from, float32, K draws of each patch side by side.
+        scheduler: prepared for n steps, of a solver of the probability flow.
         guidance_scale: as in sampling; None where only conditional rows run.
 
     Returns:
@@ -92,9 +92,11 @@ def denoise_from(
         predictions.append(prediction)
         return prediction
 
-    num_draws = noise.shape[1] * (1 if guidance_scale is None else 2) // len(condition)
+    num_draws = len(start) * (1 if guidance_scale is None else 2) // len(condition)
     modulations = transformer(condition=condition, timestep=scheduler.timesteps, return_dict=False)[0]
     modulations = modulations.repeat_interleave(num_draws, dim=1)
+    noise = start.new_zeros(len(modulations), *start.shape)
+    noise[0] = start
     sample = denoise_patch(predict, iter(modulations), noise, scheduler, guidance_scale)
     return sample, predictions
 

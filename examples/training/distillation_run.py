@@ -16,7 +16,7 @@ from bitdance_diffusers.training.distillation import denoise_from, distillation_
 from bitdance_diffusers.training.objective import RandomDraws
 from training.policy_run import ClassLabels, TextPrompts
 from training.randomness import random_generator
-from training.teacher_patches import TeacherPatches
+from training.teacher_patches import PatchTeacher, TeacherPatches
 from training.transformer_run import Pipeline, TransformerRun
 
 
@@ -25,7 +25,8 @@ class HeadDistillation(TransformerRun):
     Steps on batches of `--train_batch_size` patches in every process, each with all of its draws.
 
     Args:
-        patches ([`TeacherPatches`]): what is learnt from.
+        patches ([`TeacherPatches`]): what is learnt from, and ...
+        teacher ([`PatchTeacher`]): ... with `--redraw` who draws it, in every step from other noise.
         prompts ([`TextPrompts`] or [`ClassLabels`]): what validation pictures are asked for.
         args, accelerator, checkpoint: see [`TransformerRun`].
         pipeline: see there; its scheduler and defaults are the student's. Its head alone is trained.
@@ -37,10 +38,11 @@ class HeadDistillation(TransformerRun):
         accelerator: Accelerator,
         pipeline: Pipeline,
         patches: TeacherPatches,
+        teacher: PatchTeacher,
         prompts: TextPrompts | ClassLabels,
         checkpoint: Path | None,
     ) -> None:
-        self.patches = patches
+        self.patches, self.teacher = patches, teacher
         self.asked = prompts.draw(np.random.default_rng((args.seed, 0, 0)), args.num_validation_prompts)
         asked = [prompt for prompt in self.asked for _ in range(args.num_validation_images)]
         validation: Mapping[str, Any] = prompts.call_arguments(asked)
@@ -60,7 +62,10 @@ class HeadDistillation(TransformerRun):
             len(self.asked),
             num_draws_in_all=len(patches.condition),
         )
-        self.bounded = pipeline.transformer.head.bounded
+        head = pipeline.transformer.head
+        self.bounded, self.num_channels = head.bounded, head.proj_in.in_features
+        if args.attention_backend is not None:
+            teacher.transformer.set_attention_backend(args.attention_backend)
         self.per_step /= len(prompts.positions)  # pictures, which have so many patches
         self.scheduler = pipeline.scheduler
         self.scheduler.set_timesteps(args.num_evaluations - 1, accelerator.device)
@@ -75,15 +80,18 @@ class HeadDistillation(TransformerRun):
             )
             batch += 1
             chosen = draws.draw(self.choose, (args.train_batch_size,))
-            condition = self.patches.condition[chosen].to(device, self.dtype)
-            code = self.patches.code[chosen].to(device, torch.float32)  # (B, K, P, C)
-            start = self.patches.start[chosen].to(device)
-            noise = torch.zeros(args.num_evaluations, *start.flatten(0, 1).shape, device=device)
-            noise[0] = start.flatten(0, 1)
+            condition = self.patches.condition[chosen].to(device, self.dtype)  # (B, 1 or 2, P, D)
+            if args.redraw:
+                shape = (len(chosen) * args.num_draws, condition.shape[2], self.num_channels)
+                start = draws.draw(torch.randn, shape).to(device)
+                code = self.teacher.draw(condition, start)
+            else:
+                start = self.patches.start[chosen].flatten(0, 1).to(device)  # (B * K, P, C)
+                code = self.patches.code[chosen].flatten(0, 1).to(device, torch.float32)
             self.timer.lap("data")
             with accelerator.accumulate(self.transformer):
-                _, predictions = denoise_from(self.transformer, condition, noise, self.scheduler)
-                self.optimize(distillation_loss(predictions, code.flatten(0, 1), self.bounded))
+                _, predictions = denoise_from(self.transformer, condition[:, 0], start, self.scheduler)
+                self.optimize(distillation_loss(predictions, code, self.bounded))
 
     def finish(self, *args: Any) -> None:
         """As [`TransformerRun.finish`]; beside the pipeline the head alone is saved."""

@@ -18,7 +18,7 @@ from tests.examples.training_runs import (
     run_here,
     to_flags,
 )
-from training.teacher_patches import draw_teacher_patches
+from training.teacher_patches import PatchTeacher, draw_teacher_patches
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def train(arguments, tmp_path):
     return train
 
 
-@pytest.mark.parametrize("kind", ["text", "class"])
-def test_killed_and_resumed_equals_unbroken(tmp_path, arguments, train, kind):
-    options = {"kind": kind, "use_ema": True}
+@pytest.mark.parametrize(("kind", "redraw"), [("text", True), ("class", None)])
+def test_killed_and_resumed_equals_unbroken(tmp_path, arguments, train, kind, redraw):
+    options = {"kind": kind, "use_ema": True, "redraw": redraw}
     unbroken = train("unbroken", **options)
     kill_in_a_checkpoint(distill_head, arguments("killed", **options))
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
@@ -103,11 +103,13 @@ def test_the_student_is_a_pipeline_and_a_head(train, model):
     assert "distilled by `distill_head.py` to 3 evaluations" in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_two_processes_equal_one(tmp_path, arguments, train):
-    folder = train("first") / "patches"
+@pytest.mark.parametrize("redraw", [None, True])
+def test_two_processes_equal_one(tmp_path, arguments, train, redraw):
+    folder = train("first", redraw=redraw) / "patches"
 
     def run(name, batch_size, num_processes):
         options = {"train_batch_size": batch_size, "max_train_steps": 4, "patches_dir": folder, "learning_rate": 1e-6}
+        options["redraw"] = redraw
         return record(distill_head, arguments(f"out-{name}", **options), num_processes, tmp_path / name)
 
     one, two = run("one", 8, 1), run("two", 4, 2)
@@ -125,7 +127,8 @@ def test_the_student_comes_nearer_to_the_teacher(train, arguments, model):
     args = distill_head.parse_args(arguments("others", kind="class", seed=1, num_pictures=32, teacher_batch_size=32))
     accelerator = distill_head.create_accelerator(args)
     teacher = BitDanceClassPipeline.from_pretrained(model("class"))
-    patches = draw_teacher_patches(args, accelerator, teacher, distill_head.find_prompts(args, teacher))
+    prompts = distill_head.find_prompts(args, teacher)
+    patches = draw_teacher_patches(args, accelerator, teacher, prompts, PatchTeacher(args, accelerator, teacher))
     reset_accelerator()
     assert patches.code.abs().min() == 1 and patches.code.shape[:2] == (len(patches.condition), 2)
     student = BitDanceClassPipeline.from_pretrained(folder)
@@ -133,9 +136,8 @@ def test_the_student_comes_nearer_to_the_teacher(train, arguments, model):
     agreement = []
     for pipeline in (teacher, student):
         with torch.no_grad():
-            start = patches.start.flatten(0, 1)
-            noise = torch.stack([start, torch.zeros_like(start)])
-            sample, _ = denoise_from(pipeline.transformer, patches.condition.float(), noise, student.scheduler)
+            condition, start = patches.condition[:, 0].float(), patches.start.flatten(0, 1)
+            sample, _ = denoise_from(pipeline.transformer, condition, start, student.scheduler)
         agreement.append(float(((sample > 0) == (patches.code.flatten(0, 1) > 0)).float().mean()))
     assert agreement[1] > agreement[0] + 0.02, agreement
 

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import pytest
@@ -17,6 +16,9 @@ def test_recorded_patches_are_drawn_again(kind, guidance_scale, t2i_pipeline, cl
         pipeline, asked = t2i_pipeline(), {"prompt": ["a fox", "two red foxes in the snow"], "height": 16, "width": 16}
     else:
         pipeline, asked = class_pipeline("class_p4"), {"class_labels": [0, 1], "guidance_schedule": "constant"}
+    pipeline.scheduler = BinaryDiffusionScheduler.from_config(
+        pipeline.scheduler.config, solver_type="probability_flow_2m"
+    )
     with ConditionRecorder(pipeline.transformer, 5) as recorder:
         code = pipeline(
             **asked,
@@ -30,17 +32,18 @@ def test_recorded_patches_are_drawn_again(kind, guidance_scale, t2i_pipeline, cl
     halves, num_patches = 1 if guidance_scale is None else 2, patches.shape[1]
     assert conditions.shape[:3] == (2 * halves, num_patches, 4)
 
-    # In generation order every picture drew its start and the noise of its steps; a second draw has other noise
-    noise = torch.randn(6, 2, num_patches, 2, *patches.shape[2:], generator=torch.Generator().manual_seed(2))
+    # In generation order every picture drew its start and the noise of 5 steps; a second draw has other noise
+    start = torch.randn(2, num_patches, 2, *patches.shape[2:], generator=torch.Generator().manual_seed(2))
     for picture in range(2):
         generator = torch.Generator().manual_seed(picture)
-        for patch, step in itertools.product(range(num_patches), range(6)):
-            noise[step, picture, patch, 0] = torch.randn(patches.shape[2:], generator=generator)
+        for patch in range(num_patches):
+            draws = [torch.randn(patches.shape[2:], generator=generator) for _ in range(6)]
+            start[picture, patch, 0] = draws[0]
     rows = conditions.unflatten(0, (halves, 2)).flatten(1, 2).flatten(0, 1)
     pipeline.scheduler.set_timesteps(5)
     with torch.no_grad():
         sample, predictions = denoise_from(
-            pipeline.transformer, rows, noise.flatten(1, 3), pipeline.scheduler, guidance_scale
+            pipeline.transformer, rows, start.flatten(0, 2), pipeline.scheduler, guidance_scale
         )
     assert len(predictions) == 6 and predictions[0].shape == (2 * len(rows), *patches.shape[2:])
     draws = sample.unflatten(0, (2, num_patches, 2))
@@ -53,9 +56,9 @@ def test_gradients_go_through_all_evaluations(t2i_pipeline):
     scheduler = BinaryDiffusionScheduler(solver_type="probability_flow_2m")
     scheduler.set_timesteps(2)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(3, 3, 4, transformer.config.in_channels, generator=generator)
+    start = torch.randn(3, 4, transformer.config.in_channels, generator=generator)
     condition = torch.randn(3, 4, transformer.config.hidden_size, generator=generator)
-    sample, predictions = denoise_from(transformer, condition, noise, scheduler)
+    sample, predictions = denoise_from(transformer, condition, start, scheduler)
     assert torch.equal(sample, predictions[-1])
     gradients = torch.autograd.grad(sample.sum(), predictions)
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
