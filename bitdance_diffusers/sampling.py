@@ -100,6 +100,7 @@ def denoise_patch(
     num_halves = 1 if guidance_scale is None else 2
     coefficients = scheduler.step_coefficients
     uses_previous_prediction = scheduler.uses_previous_prediction
+    noise[0] *= scheduler.init_noise_sigma
     noise[1:] *= scheduler.noise_scales[:, None, None, None]
     # Both halves read the same noisy bits. With the noise expanded to both, the update writes what the head reads: an
     # operator less in a loop that is bound by launching them. The first is copied, so that all have the same strides.
@@ -186,6 +187,7 @@ def denoise_patch_in_parallel(
     window = min(parallel_evaluations, num_steps + 1 - first_step)
     known = None if known_code is None else known_code != 0
     uses_previous_prediction = scheduler.uses_previous_prediction
+    noise[0] *= scheduler.init_noise_sigma
     noise[1:] *= scheduler.noise_scales[:, None, None, None]
     picture, row = torch.arange(batch_size, device=device), torch.arange(num_rows, device=device)
     ahead = torch.arange(2 * window - 1, device=device)[:, None]

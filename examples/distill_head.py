@@ -98,11 +98,12 @@ def main(args: argparse.Namespace) -> None:
     patches = draw_teacher_patches(args, accelerator, pipeline, prompts, teacher)
 
     # 3. The student learns, whose configs say how it is sampled
-    if args.initial_head is not None:
-        pipeline.load_head(args.initial_head)
-    pipeline.scheduler = BinaryDiffusionScheduler.from_config(
+    scheduler = BinaryDiffusionScheduler.from_config(
         pipeline.scheduler.config, solver_type="probability_flow_2m", shift=args.shift
     )
+    if args.initial_head is not None:
+        pipeline.load_head(args.initial_head)
+    pipeline.scheduler = scheduler
     pipeline.register_to_config(default_num_inference_steps=args.num_evaluations - 1, default_guidance_scale=1.0)
     run = HeadDistillation(args, accelerator, pipeline, patches, teacher, prompts, checkpoint)
     run.train()

@@ -83,6 +83,7 @@ IN_PARALLEL = {
     "known tokens": {"known_code": some_bits(0, 0.5)},
     "known tokens, early stop": {"known_code": some_bits(0, 0.5), "early_stop_threshold": 0.15},
     "source": {"source_code": some_bits(1, 1), "first_step": 5},
+    "temperature": {"temperature": 0.7},
     "last step of a source": {"source_code": some_bits(1, 1), "first_step": 13},
 }
 
@@ -96,8 +97,10 @@ class TestInParallel:
     def denoised(self):
         """`denoised(solver, window, tolerance, **call)`: the result, and the rows of each call of the head."""
 
-        def denoise(solver, window, tolerance, pictures=(0, 1, 2), guidance_scale=3.0, guided=None, **call):
-            scheduler = BinaryDiffusionScheduler(solver_type=solver)
+        def denoise(
+            solver, window, tolerance, pictures=(0, 1, 2), guidance_scale=3.0, guided=None, temperature=1.0, **call
+        ):
+            scheduler = BinaryDiffusionScheduler(solver_type=solver, temperature=temperature)
             scheduler.set_timesteps(self.NUM_STEPS)
             generators = [torch.Generator().manual_seed(picture) for picture in pictures]
             noise = draw_patch_noise(self.NUM_STEPS, (len(pictures), *SHAPE_IN_PARALLEL[1:]), generators, CPU)

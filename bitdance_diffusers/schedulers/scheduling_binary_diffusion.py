@@ -82,10 +82,16 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
             draws as much.
         timestep_spacing (`str`, defaults to `"linspace"`): `"linspace"` is the original's. `"quadratic"` has more
             nodes near the noise: `0.95 (s + 3 s^2) / 4` in place of `0.95 s`. It pays from 3 to about 7 steps.
+        temperature (`float`, defaults to 1.0): what all noise of sampling is multiplied with, the start's and the
+            steps' (Li et al., 2024, arXiv 2406.11838). Below 1 bits are likelier and pictures differ less.
     """
 
     order = 1
-    init_noise_sigma = 1.0
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What the noise that a patch starts from is multiplied with."""
+        return self.config.temperature
 
     @property
     def uses_previous_prediction(self) -> bool:
@@ -101,11 +107,13 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
         logit_std: float = 0.8,
         solver_type: str = "euler_maruyama",
         timestep_spacing: str = "linspace",
+        temperature: float = 1.0,
     ):
         for name, value, least in (
             ("shift", shift, 0),
             ("logit_mean", logit_mean, -math.inf),
             ("logit_std", logit_std, 0),
+            ("temperature", temperature, 0),
         ):
             number = isinstance(value, Real) and not isinstance(value, bool)
             if not number or not least < value < math.inf:
@@ -160,7 +168,7 @@ class BinaryDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 correct[1:] = toward[1:] * ahead[1:] / (2 * ahead[:-1])
         self.num_inference_steps = num_inference_steps
         self.step_coefficients = torch.stack([keep, toward + correct, -correct], dim=1).tolist()
-        self.noise_scales = spread.to(device)
+        self.noise_scales = (self.config.temperature * spread).to(device)
         # The last evaluation stands at 0.95 whatever the shift.
         self.timesteps = torch.cat([t, torch.tensor([LAST_TIMESTEP])]).to(device)
 

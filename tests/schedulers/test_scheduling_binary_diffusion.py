@@ -6,6 +6,7 @@ import torch
 
 from bitdance_diffusers import BinaryDiffusionScheduler
 from bitdance_diffusers.sampling import denoise_patch, draw_patch_noise
+from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
 
 def original_sampler(posterior, start, noises, shift):
@@ -175,9 +176,11 @@ def total_variation(one, other):
     return 0.5 * float((one - other).abs().sum())
 
 
-def sample(laws, solver, steps, guidance_scale=None, seed=1, count=20_000, spacing="linspace", **options):
+def sample(
+    laws, solver, steps, guidance_scale=None, seed=1, count=20_000, spacing="linspace", temperature=1.0, **options
+):
     """Samples (count, bits) of the one law, or of the first guided away from the second."""
-    scheduler = BinaryDiffusionScheduler(solver_type=solver, timestep_spacing=spacing)
+    scheduler = BinaryDiffusionScheduler(solver_type=solver, timestep_spacing=spacing, temperature=temperature)
     scheduler.set_timesteps(steps)
     bits = laws[0].codes.shape[1]
     noise = draw_patch_noise(steps, (count, 1, bits), torch.Generator().manual_seed(seed), torch.device("cpu"))
@@ -234,6 +237,37 @@ def test_the_probability_flow_uses_no_noise_but_the_first():
     assert not scheduler.noise_scales.any()
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_temperature_scales_all_noise(solver):
+    noise = draw_patch_noise(8, (2, 4, 8), torch.Generator().manual_seed(0), torch.device("cpu"))
+
+    def denoise(temperature, noise):
+        scheduler = BinaryDiffusionScheduler(solver_type=solver, temperature=temperature)
+        scheduler.set_timesteps(8)
+        return denoise_patch(smooth, iter(scheduler.timesteps), noise.clone(), scheduler, None), scheduler
+
+    cooler, scheduler = denoise(0.6, noise)
+    torch.testing.assert_close(cooler, denoise(1.0, 0.6 * noise)[0])
+    assert not torch.equal(cooler, denoise(1.0, noise)[0])
+
+    generator, previous = torch.Generator().manual_seed(0), None
+    sample = scheduler.init_noise_sigma * torch.randn(2, 4, 8, generator=generator)
+    for t in scheduler.timesteps:
+        prediction = smooth(sample, t)
+        step = scheduler.step(prediction, t, sample, generator=generator, previous_model_output=previous)
+        sample, previous = step.prev_sample, prediction
+    torch.testing.assert_close(sample, cooler)
+
+
+def test_a_lower_temperature_draws_likelier_codes():
+    law = IsingLike(8, 1)
+    likelihoods = []
+    for temperature in (1.0, 0.8, 0.5):
+        codes = sample([law], "probability_flow_2m", 12, temperature=temperature)
+        likelihoods.append(float(frequencies(codes) @ law.log_probability))
+    assert likelihoods[0] + 0.1 < likelihoods[1] < likelihoods[2] - 0.1
+
+
 @pytest.mark.parametrize("guidance_scale", [None, 7.5])
 def test_an_early_stop_keeps_the_law(guidance_scale):
     laws = [IsingLike(8, 1), IsingLike(8, 11)][: 1 if guidance_scale is None else 2]
@@ -272,6 +306,7 @@ def test_loss_weight_is_that_of_velocities():
         ({"shift": 0.0}, "`shift` is 0.0"),
         ({"shift": float("inf")}, "`shift` is inf"),
         ({"logit_std": -1}, "`logit_std` is -1"),
+        ({"temperature": 0}, "`temperature` is 0; it has to be a finite number greater than 0"),
         ({"logit_mean": "a"}, "`logit_mean` is 'a'"),
         ({"solver_type": "heun"}, "`solver_type` is 'heun'; allowed are 'euler_maruyama'"),
         ({"timestep_sampling": "normal"}, "`timestep_sampling` is 'normal'"),
