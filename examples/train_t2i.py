@@ -30,7 +30,7 @@ from icon_world.categories import parse_icon_weights
 from training.arguments import add_icons_argument, parse_arguments
 from training.checkpoints import find_checkpoint
 from training.dreambooth import add_dreambooth_arguments, check_dreambooth_arguments, load_class_pictures
-from training.lora import copy_start, without_adapter
+from training.lora import copy_start, starting_weights
 from training.picture_run import TransformerTraining
 from training.transformer_run import (
     add_from_scratch_arguments,
@@ -264,11 +264,8 @@ def train(
         reference_rows = torch.tensor([False, True], device=accelerator.device).repeat(args.train_batch_size)
 
     def predict_by_base(**inputs: torch.Tensor) -> torch.Tensor:
-        if base is not None:
-            with accelerator.autocast():
-                return base(**inputs).sample
-        with without_adapter(transformer):
-            return run.transformer(**inputs).sample
+        with starting_weights(accelerator, run.transformer, base) as start:
+            return start(**inputs).sample
 
     def predict_guided(**inputs: torch.Tensor) -> torch.Tensor:
         conditional = predict_by_base(**inputs)

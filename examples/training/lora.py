@@ -79,7 +79,7 @@ def is_adapted(transformer: nn.Module) -> bool:
 def copy_start(transformer: nn.Module, device: torch.device) -> nn.Module | None:
     """
     A frozen copy of the weights that training starts from; None with an adapter, since they stay beside it
-    (`without_adapter`).
+    (`starting_weights`).
     """
     if is_adapted(transformer):
         return None
@@ -175,13 +175,21 @@ def add_adapter(args: argparse.Namespace, transformer: nn.Module) -> None:
 
 
 @contextmanager
-def without_adapter(transformer: nn.Module) -> Iterator[None]:
-    """The frozen base alone, which the run started from."""
-    transformer.disable_lora()
-    try:
-        yield
-    finally:
-        transformer.enable_lora()
+def starting_weights(accelerator: Accelerator, transformer: nn.Module, start: nn.Module | None) -> Iterator[nn.Module]:
+    """
+    What training started from, under the run's autocast: `start`, what `copy_start` made, or the transformer (wrapped
+    or not) without its adapter.
+    """
+    with accelerator.autocast():
+        if start is not None:
+            yield start
+            return
+        adapted = accelerator.unwrap_model(transformer)
+        adapted.disable_lora()
+        try:
+            yield transformer
+        finally:
+            adapted.enable_lora()
 
 
 def save_adapter(folder: Path, transformer: nn.Module) -> None:

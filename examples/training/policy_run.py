@@ -29,7 +29,7 @@ from bitdance_diffusers.training.policy import (
 from bitdance_diffusers.training.rollouts import GaussianSteps, RolloutScheduler, TransitionRecorder
 from rewards.loading import Reward, rate
 from scores.diversity import pairwise_code_distance
-from training.lora import copy_start, without_adapter
+from training.lora import copy_start, starting_weights
 from training.randomness import random_generator
 from training.transformer_run import Pipeline, Transformer, TransformerRun
 
@@ -306,7 +306,7 @@ class PolicyTraining(TransformerRun):
         with torch.no_grad():
             for batch, conditioning in zip(batches, conditionings, strict=True):
                 old[:, batch] = predict(self.transformer, batch, conditioning)
-                with self.reference_weights() as reference, accelerator.autocast():
+                with starting_weights(accelerator, self.transformer, self.reference) as reference:
                     expected[:, batch] = predict(reference, batch, conditioning)
 
         # 2. Advantages
@@ -337,16 +337,6 @@ class PolicyTraining(TransformerRun):
                         args.ratio_level,
                     )
                     self.optimize(result.loss, logs | {"clip_fraction": result.clip_fraction})
-
-    @contextmanager
-    def reference_weights(self) -> Iterator[torch.nn.Module]:
-        """The policy that training started from: a copy, or the transformer without its LoRA layers."""
-        if self.reference is not None:
-            yield self.reference
-            return
-        transformer = self.accelerator.unwrap_model(self.transformer)
-        with without_adapter(transformer):
-            yield transformer
 
     def draw_validation(self, transformer: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
         """As ever, by the pipeline's own scheduler and defaults; what the score makes of it is logged."""
