@@ -168,7 +168,9 @@ def test_bad_arguments(arguments, capsys, options, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("name", "num_evaluations"), [("digits-32-distilled", 2), ("icons-64-distilled", 4)])
+@pytest.mark.parametrize(
+    ("name", "num_evaluations"), [("digits-32-distilled", 2), ("icons-64-distilled", 4), ("icons-64-distilled-2", 2)]
+)
 def test_the_shipped_students_evaluate_the_head_a_few_times_for_one_row(name, num_evaluations):
     folder = Path(distill_head.__file__).parent / "pretrained" / name
     assert sum(path.stat().st_size for path in folder.rglob("*")) <= 2**24
