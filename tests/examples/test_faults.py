@@ -126,6 +126,7 @@ def test_a_full_disk(unbroken, tmp_path):
     fill_the_disk(unbroken, tmp_path, 1)
 
 
+@pytest.mark.parametrize("unbroken", ["train_t2i"], indirect=True)  # the adapter's runs load pictures alike
 def test_a_worker_that_dies(unbroken, tmp_path):
     record, options = tmp_path / "losses", {"dataloader_num_workers": 2}
     flags = unbroken.flags(tmp_path / "out", **options)
