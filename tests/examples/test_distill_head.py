@@ -142,6 +142,23 @@ def test_the_student_comes_nearer_to_the_teacher(train, arguments, model):
     assert agreement[1] > agreement[0] + 0.02, agreement
 
 
+def test_who_redraws_keeps_the_head_and_shares_the_rest(arguments, model):
+    args = distill_head.parse_args(arguments("out", redraw=True))
+    pipeline = BitDancePipeline.from_pretrained(model("text"))
+    teacher = PatchTeacher(args, distill_head.create_accelerator(args), pipeline)
+    transformer, generator = pipeline.transformer, torch.Generator().manual_seed(0)
+    condition = torch.randn(3, 2, 4, transformer.config.hidden_size, generator=generator)
+    start = torch.randn(6, 4, transformer.config.in_channels, generator=generator)
+    before = teacher.draw(condition, start)
+    with torch.no_grad():
+        for parameter in transformer.head.parameters():
+            parameter.normal_(generator=generator)
+    after = teacher.draw(condition, start)
+    reset_accelerator()
+    assert torch.equal(after, before)
+    assert teacher.transformer.layers is transformer.layers
+
+
 def test_patches_of_another_teacher_are_refused(train, model):
     folder = train("out") / "patches"
     with pytest.raises(ValueError, match="was drawn with another guidance_scale"):
