@@ -27,6 +27,16 @@ def smooth(x, t):
     return torch.tanh(x * (1 + t) + 0.3)
 
 
+def take_steps(scheduler, sample, generator):
+    """What `step` makes of `smooth` predictions, one after the other."""
+    previous = None
+    for t in scheduler.timesteps:
+        prediction = smooth(sample, t)
+        step = scheduler.step(prediction, t, sample, generator=generator, previous_model_output=previous)
+        sample, previous = step.prev_sample, prediction
+    return sample
+
+
 @pytest.mark.parametrize("shift", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 20])
 def test_euler_maruyama_is_the_original_sampler(shift, steps):
@@ -101,14 +111,9 @@ def test_solvers_are_their_formulas(solver, spacing):
     result = denoise_patch(smooth, iter(scheduler.timesteps), noise.clone(), scheduler, None)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
-    sample, previous = noise[0], None
     generator = torch.Generator().manual_seed(0)
-    torch.randn(2, 4, 8, generator=generator)  # the start
-    for t in scheduler.timesteps:
-        prediction = smooth(sample, t)
-        step = scheduler.step(prediction, t, sample, generator=generator, previous_model_output=previous)
-        sample, previous = step.prev_sample, prediction
-    torch.testing.assert_close(sample, expected, atol=1e-5, rtol=0)
+    start = torch.randn(2, 4, 8, generator=generator)
+    torch.testing.assert_close(take_steps(scheduler, start, generator), expected, atol=1e-5, rtol=0)
 
 
 def test_a_step_without_the_previous_prediction_is_of_first_order():
@@ -250,13 +255,9 @@ def test_temperature_scales_all_noise(solver):
     torch.testing.assert_close(cooler, denoise(1.0, 0.6 * noise)[0])
     assert not torch.equal(cooler, denoise(1.0, noise)[0])
 
-    generator, previous = torch.Generator().manual_seed(0), None
-    sample = scheduler.init_noise_sigma * torch.randn(2, 4, 8, generator=generator)
-    for t in scheduler.timesteps:
-        prediction = smooth(sample, t)
-        step = scheduler.step(prediction, t, sample, generator=generator, previous_model_output=previous)
-        sample, previous = step.prev_sample, prediction
-    torch.testing.assert_close(sample, cooler)
+    generator = torch.Generator().manual_seed(0)
+    start = scheduler.init_noise_sigma * torch.randn(2, 4, 8, generator=generator)
+    torch.testing.assert_close(take_steps(scheduler, start, generator), cooler)
 
 
 def test_a_lower_temperature_draws_likelier_codes():
