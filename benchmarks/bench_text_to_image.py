@@ -19,7 +19,7 @@ Every variant is run in turn, and the median of its runs counts:
   last, all modulations and evaluations of the head) again, with the same tensors and nothing in between.
 - `in parallel`: the pipeline with --parallel_evaluations. How many calls of the head that takes depends on the
   weights, and random ones say little of others: the calls a patch are printed.
-- --pack_weights: all of them but the plain loop with oneDNN's packed weights (`pack_linear_weights`); other last bits.
+- --pack_weights: all of them but the plain loop with weights packed by oneDNN or MKL (`pack_linear_weights`).
 - `compiled ...`: all of them with `torch.compile(transformer)`; on a CPU with `CPU_OPTIONS` below.
 - `plain loop`: the same prompts and weights by plain_loop.py, always with the first solver and --against_steps.
 
@@ -38,16 +38,16 @@ from common import interleave, medians, print_record, print_table, synchronize
 from plain_loop import draw_codes
 from random_pipelines import PIXELS_PER_TOKEN, PRESETS, prompts, random_pipeline
 from roofline import find_machine, least_seconds, picture, totals
+from torch._inductor import config as inductor_config
 
 from bitdance_diffusers import BitDancePipeline, BitDanceTransformer
 from bitdance_diffusers.models.packed_linear import pack_linear_weights
 from bitdance_diffusers.sampling import DEFAULT_PARALLEL_TOLERANCE
 from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
-# What makes torch.compile fast on a CPU: constant, prepacked weights; calls from C++; loops over a few thousand
-# elements on one thread; no check at every call whether a module has changed.
+# What makes torch.compile fast on a CPU: calls from C++; loops over a few thousand elements on one thread; no check at
+# every call whether a module has changed. Constant, prepacked weights come beside, see `compile_options`.
 CPU_OPTIONS = {
-    "freezing": True,
     "cpp_wrapper": True,
     "cpp.min_chunk_size": 8192,
     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
@@ -73,7 +73,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--compile", nargs="?", const="default", metavar="MODE",
         help="also compiled, in a mode of torch.compile (a CPU has one way, with frozen weights)",
     )  # fmt: skip
-    parser.add_argument("--pack_weights", action="store_true", help="of linear layers, on a CPU")
+    parser.add_argument("--pack_weights", choices=["onednn", "mkl"], help="of linear layers, on a CPU")
     parser.add_argument("--attention_backend", help="one of Diffusers' attention backends")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, else bfloat16")
@@ -96,8 +96,11 @@ def check_compile_mode(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def compile_options(device: torch.device, mode: str) -> dict[str, Any]:
-    """Arguments of `torch.compile`, which takes a mode or options but not both."""
-    return {"options": CPU_OPTIONS} if device.type == "cpu" else {"mode": mode}
+    """Arguments of `torch.compile`, which takes a mode or options but not both. For a CPU weights are frozen."""
+    if device.type != "cpu":
+        return {"mode": mode}
+    inductor_config.freezing = True  # among the options it comes too late: Dynamo reads it here
+    return {"options": CPU_OPTIONS}
 
 
 def compiled_pipeline(pipeline: BitDancePipeline, mode: str) -> BitDancePipeline:
@@ -162,9 +165,10 @@ def main(arguments: list[str] | None = None) -> None:
     pipeline = random_pipeline(config, device, dtype, solver_type=args.solver_type)
     transformer = pipeline.transformer
     plain_pipeline = pipeline
-    if args.pack_weights:
+    if args.pack_weights is not None:
         plain_pipeline = random_pipeline(config, device, dtype, solver_type=args.solver_type)
-        pack_linear_weights(transformer)
+        num_rows = args.batch_size * (2 if args.guidance_scale > 1 else 1) * transformer.config.patch_size**2
+        pack_linear_weights(transformer, num_rows if args.pack_weights == "mkl" else None)
     if args.attention_backend is not None:
         transformer.set_attention_backend(args.attention_backend)
     texts = prompts(args.batch_size)
