@@ -102,7 +102,7 @@ class TestReferenceCase:
             found = t2i_pipeline().transformer.head(
                 expected["head_x"], timestep=expected["head_t"][:, None], condition=expected["head_cond"]
             )
-        torch.testing.assert_close(found, expected["head_out"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, expected["head_out"], atol=5e-5, rtol=0)
 
 
 def test_every_text_is_read_once(t2i_pipeline):
