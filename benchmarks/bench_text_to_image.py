@@ -20,7 +20,7 @@ Every variant is run in turn, and the median of its runs counts:
 - `in parallel`: the pipeline with --parallel_evaluations. How many calls of the head that takes depends on the
   weights, and random ones say little of others: the calls a patch are printed.
 - --pack_weights: all of them but the plain loop with weights packed by oneDNN or MKL (`pack_linear_weights`).
-- `compiled ...`: all of them with `torch.compile(transformer)`; on a CPU with `CPU_OPTIONS` below.
+- `compiled ...`: all of them with `torch.compile(transformer)`; on a CPU as `compile_options` has it.
 - `plain loop`: the same prompts and weights by plain_loop.py, always with the first solver and --against_steps.
 
 `roofline` is the least time that operations and bytes take on this machine (roofline.py), divided by the time.

@@ -64,11 +64,9 @@ def pack_linear_weights(model: nn.Module, num_rows: int | None = None) -> None:
     """
     if num_rows is not None and (not isinstance(num_rows, int) or num_rows < 1):
         raise ValueError(f"`num_rows` is {num_rows!r}; it has to be a positive integer or None.")
-    name, backend = ("oneDNN", torch.backends.mkldnn) if num_rows is None else ("MKL", torch.backends.mkl)
+    library, backend = ("oneDNN", torch.backends.mkldnn) if num_rows is None else ("MKL", torch.backends.mkl)
     if not backend.is_available():
-        raise ValueError(
-            f"This build of torch has no {name}; `pack_linear_weights` with `num_rows={num_rows}` needs it."
-        )
+        raise ValueError(f"This build of torch has no {library}; `num_rows={num_rows}` asks for it.")
     layers = [
         (parent, name, layer)
         for parent in model.modules()

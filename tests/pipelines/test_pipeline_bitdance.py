@@ -102,7 +102,8 @@ class TestReferenceCase:
             found = t2i_pipeline().transformer.head(
                 expected["head_x"], timestep=expected["head_t"][:, None], condition=expected["head_cond"]
             )
-        torch.testing.assert_close(found, expected["head_out"], atol=5e-5, rtol=0)
+        # The original's value itself is 1.2e-5 from that of float64
+        torch.testing.assert_close(found, expected["head_out"], atol=2e-5, rtol=0)
 
 
 def test_every_text_is_read_once(t2i_pipeline):
