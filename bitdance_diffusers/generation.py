@@ -11,6 +11,7 @@ transformer's batch: the conditional row of every picture, then the unconditiona
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -28,9 +29,9 @@ from .sampling import (
 )
 from .schedulers.scheduling_binary_diffusion import BinaryDiffusionScheduler
 
-# Modulations are formed for so many tokens at once or up to twice that, of as many evaluations of the head as that
-# makes: enough to be bound by their products and not by reading the weights, and few enough to be kept.
-MODULATED_TOKENS = 512
+# Modulations are formed for so many tokens at once or up to about twice that, of as many evaluations of the head as
+# that makes: enough to be bound by their products and not by reading the weights, and few enough to be kept.
+MODULATED_TOKENS = 384
 # Known patches are fed back by so many at once at most, always a power of two: a compiled transformer has a graph for
 # each number.
 KNOWN_PATCHES_AT_ONCE = 16
@@ -44,7 +45,7 @@ def split_timesteps(timesteps: torch.Tensor, num_tokens: int) -> tuple[torch.Ten
     tokens, all rows together. No part is a single evaluation unless all are: a compiled graph of many takes any
     number but one.
     """
-    return timesteps.tensor_split(max(1, len(timesteps) // max(1, MODULATED_TOKENS // num_tokens)))
+    return timesteps.tensor_split(max(1, len(timesteps) // math.ceil(MODULATED_TOKENS / num_tokens)))
 
 
 def spawn_generators(generator: torch.Generator, number: int) -> list[torch.Generator]:
