@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import torch
-from bench_text_to_image import DTYPES, check_compile_mode, compile_options
+from bench_text_to_image import DTYPES, add_freezing_argument, check_compile_mode, compile_options
 from common import count_operators, interleave, medians, print_record, print_table
 from random_pipelines import PRESETS, random_pipeline
 from roofline import find_machine, head_evaluation
@@ -32,6 +32,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 16], help="patches side by side")
     parser.add_argument("--evaluations", type=int, default=51, help="in a run")
     parser.add_argument("--compile", default="default", metavar="MODE", help="as in bench_text_to_image.py")
+    add_freezing_argument(parser)
     parser.add_argument("--attention_backend", help="one of Diffusers' attention backends")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, else bfloat16")
@@ -75,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows, results = [], []
     for num_rows in args.rows:
         torch._dynamo.reset()  # static shapes, in which weights can be prepacked
-        compiled = torch.compile(transformer, dynamic=False, **compile_options(device, args.compile))
+        options = compile_options(device, args.compile, args.freeze_weights)
+        compiled = torch.compile(transformer, dynamic=False, **options)
         condition = torch.randn(num_rows, patch_tokens, transformer.config.hidden_size, device=device, dtype=dtype)
         modulations = transformer(condition=condition, timestep=torch.full((1,), 0.3, device=device)).modulations
         call = {
@@ -129,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         model=args.preset if args.config is None else args.config.name,
         dtype=args.dtype,
         compile=args.compile,
+        freeze_weights=args.freeze_weights,
         attention_backend=args.attention_backend,
         evaluations=args.evaluations,
         runs=args.runs,

@@ -46,7 +46,7 @@ from bitdance_diffusers.sampling import DEFAULT_PARALLEL_TOLERANCE
 from bitdance_diffusers.schedulers.scheduling_binary_diffusion import SOLVERS
 
 # What makes torch.compile fast on a CPU: calls from C++; loops over a few thousand elements on one thread; no check at
-# every call whether a module has changed. Constant, prepacked weights come beside, see `compile_options`.
+# every call whether a module has changed.
 CPU_OPTIONS = {
     "cpp_wrapper": True,
     "cpp.min_chunk_size": 8192,
@@ -71,8 +71,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parallel_tolerance", type=float, default=DEFAULT_PARALLEL_TOLERANCE)
     parser.add_argument(
         "--compile", nargs="?", const="default", metavar="MODE",
-        help="also compiled, in a mode of torch.compile (a CPU has one way, with frozen weights)",
+        help="also compiled, in a mode of torch.compile (a CPU has one way)",
     )  # fmt: skip
+    add_freezing_argument(parser)
     parser.add_argument("--pack_weights", choices=["onednn", "mkl"], help="of linear layers, on a CPU")
     parser.add_argument("--attention_backend", help="one of Diffusers' attention backends")
     parser.add_argument("--device", default="cpu")
@@ -90,24 +91,32 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def add_freezing_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--freeze_weights", action="store_true",
+        help="compiled for a CPU with constant weights, which MKL packs: faster on Intel's, slower on AMD's",
+    )  # fmt: skip
+
+
 def check_compile_mode(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.device == "cpu" and args.compile not in (None, "default"):
         parser.error(f"--compile {args.compile}: a CPU has one way, without a mode.")
 
 
-def compile_options(device: torch.device, mode: str) -> dict[str, Any]:
-    """Arguments of `torch.compile`, which takes a mode or options but not both. For a CPU weights are frozen."""
+def compile_options(device: torch.device, mode: str, freeze_weights: bool) -> dict[str, Any]:
+    """Arguments of `torch.compile`, which takes a mode or options but not both. Freezing is set for the process."""
     if device.type != "cpu":
         return {"mode": mode}
-    inductor_config.freezing = True  # among the options it comes too late: Dynamo reads it here
+    inductor_config.freezing = freeze_weights  # among the options it comes too late: Dynamo reads it here
     return {"options": CPU_OPTIONS}
 
 
-def compiled_pipeline(pipeline: BitDancePipeline, mode: str) -> BitDancePipeline:
+def compiled_pipeline(pipeline: BitDancePipeline, mode: str, freeze_weights: bool) -> BitDancePipeline:
     """A second pipeline with the same weights, whose transformer is compiled at its first call."""
     compiled = BitDancePipeline(**pipeline.components)
     compiled.set_progress_bar_config(disable=True)
-    compiled.transformer = torch.compile(pipeline.transformer, **compile_options(pipeline.device, mode))
+    options = compile_options(pipeline.device, mode, freeze_weights)
+    compiled.transformer = torch.compile(pipeline.transformer, **options)
     return compiled
 
 
@@ -202,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         variants["in parallel"] = lambda: draw(pipeline, **in_parallel)
     compile_seconds = None
     if args.compile is not None:
-        compiled = compiled_pipeline(pipeline, args.compile)
+        compiled = compiled_pipeline(pipeline, args.compile, args.freeze_weights)
         start = time.perf_counter()
         codes["compiled pipeline"] = draw(compiled)
         synchronize(device)
@@ -264,6 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         calls_per_patch=calls_per_patch,
         compile=args.compile,
         pack_weights=args.pack_weights,
+        freeze_weights=args.freeze_weights,
         attention_backend=args.attention_backend,
         dtype=args.dtype,
         against_steps=args.against_steps if args.against is not None else None,

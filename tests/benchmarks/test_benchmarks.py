@@ -92,9 +92,10 @@ def test_text_to_image_runs(config, tmp_path, capsys):
 
 
 def test_head_runs(config, tmp_path, capsys):
-    """Compiled as for a CPU, where weights are constants of the graph."""
+    """Compiled with frozen weights, which are constants of the graph."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ["--config", str(tmp_path / "config.json"), "--rows", "2", "--evaluations", "2", "--runs", "1"]
+    arguments.append("--freeze_weights")
     counters.clear()
     with torch._inductor.config.patch(freezing=False):  # the benchmark's own setting ends here
         bench_head.main(arguments)
