@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import torch
-from bench_text_to_image import DTYPES, add_freezing_argument, check_compile_mode, compile_options
+from bench_text_to_image import DTYPES, add_freezing_argument, check_compile_arguments, compile_options
 from common import count_operators, interleave, medians, print_record, print_table
 from random_pipelines import PRESETS, random_pipeline
 from roofline import find_machine, head_evaluation
@@ -41,7 +41,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in (("rows", min(args.rows)), ("evaluations", args.evaluations), ("runs", args.runs)):
         if value < 1:
             parser.error(f"--{name} has to be at least 1 but is {value}.")
-    check_compile_mode(parser, args)
+    check_compile_arguments(parser, args)
     if args.dtype is None:
         args.dtype = "float32" if args.device == "cpu" else "bfloat16"
     return args

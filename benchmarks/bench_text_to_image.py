@@ -19,7 +19,8 @@ Every variant is run in turn, and the median of its runs counts:
   last, all modulations and evaluations of the head) again, with the same tensors and nothing in between.
 - `in parallel`: the pipeline with --parallel_evaluations. How many calls of the head that takes depends on the
   weights, and random ones say little of others: the calls a patch are printed.
-- --pack_weights: all of them but the plain loop with weights packed by oneDNN or MKL (`pack_linear_weights`).
+- --pack_weights: all of them but the plain loop with weights packed by oneDNN or MKL (`pack_linear_weights`); of those
+  compiled, MKL packs what --freeze_weights freezes.
 - `compiled ...`: all of them with `torch.compile(transformer)`; on a CPU as `compile_options` has it.
 - `plain loop`: the same prompts and weights by plain_loop.py, always with the first solver and --against_steps.
 
@@ -85,7 +86,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "num_inference_steps", "against_steps", "runs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} has to be at least 1 but is {getattr(args, name)}.")
-    check_compile_mode(parser, args)
+    check_compile_arguments(parser, args)
     if args.dtype is None:
         args.dtype = "float32" if args.device == "cpu" else "bfloat16"
     return args
@@ -98,9 +99,11 @@ def add_freezing_argument(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def check_compile_mode(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_compile_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.device == "cpu" and args.compile not in (None, "default"):
         parser.error(f"--compile {args.compile}: a CPU has one way, without a mode.")
+    if args.freeze_weights and (args.device != "cpu" or args.compile is None):
+        parser.error("--freeze_weights is for --compile on a CPU.")
 
 
 def compile_options(device: torch.device, mode: str, freeze_weights: bool) -> dict[str, Any]:

@@ -114,6 +114,13 @@ def test_a_cpu_has_one_way_to_compile(capsys):
     assert bench_text_to_image.parse_args(["--compile", "reduce-overhead", "--device", "cuda"]).compile
 
 
+@pytest.mark.parametrize("arguments", [[], ["--compile", "--device", "cuda"]])
+def test_weights_are_frozen_for_a_cpu_alone(arguments, capsys):
+    with pytest.raises(SystemExit):
+        bench_text_to_image.parse_args([*arguments, "--freeze_weights"])
+    assert "--freeze_weights is for --compile on a CPU" in capsys.readouterr().err
+
+
 def test_variants_of_solvers():
     assert bench_solvers.parse_variant("exponential_2m:20") == ("exponential_2m", 20, {})
     options = {"early_stop_threshold": 0.95, "guidance_interval": [0, 0.7]}
